@@ -1,0 +1,46 @@
+PYTHON ?= python3
+min_python := $(shell sed -n 's/^min_python *= *//p' settings.ini)
+in_venv := . .venv/bin/activate &&
+
+.PHONY: help setup demo test test-slow export readme docs bench
+.DEFAULT_GOAL := help
+
+help:  ## list these commands
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.installed  ## install everything into .venv, once
+
+.venv/.installed: settings.ini setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= tuple(map(int, "$(min_python)".split("."))) or sys.exit("pcrl needs Python $(min_python) or newer, and $(PYTHON) is %d.%d: name another one, as in make setup PYTHON=python3.12." % sys.version_info[:2])'
+	@echo "Installing into .venv: once, some minutes, about 7 GB."
+	$(PYTHON) -m venv .venv
+	$(in_venv) python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## pretrain and finetune on the embedded brain, report in demo/
+	$(in_venv) pcrl demo --out demo
+
+# Notebooks run side by side, as many as cores; a second thread helps the long ones that finish last.
+test: setup  ## run every notebook and every test
+	$(in_venv) python -m pytest -q -m drift
+	$(in_venv) OMP_NUM_THREADS=2 nbdev-test --timing --cell-timing-min 5
+	$(in_venv) python tools/docs.py
+	$(in_venv) python -m pytest -q
+
+test-slow: setup  ## run the long forms that make test leaves out
+	$(in_venv) nbdev-test --flags slow --n-workers 1 --timing
+	$(in_venv) python -m pytest -q -m slow
+
+export: setup  ## make pcrl/ and README.md from the notebooks, and clean these
+	$(in_venv) nbdev-export
+	$(in_venv) nbdev-clean
+	$(in_venv) python tools/readme.py
+
+readme: setup  ## make README.md from nbs/index.ipynb
+	$(in_venv) python tools/readme.py
+
+docs: setup  ## build the site into _docs/
+	$(in_venv) python tools/docs.py
+
+bench: setup  ## measure a training step, tables in results/
+	$(in_venv) pcrl bench --suite step --out results
