@@ -96,12 +96,13 @@ def plot_log(
 
 # %% ../nbs/09a_runs.ipynb #1c70e051
 class KeepBest(Callback):
-    "Remember the parts of the epoch with the lowest validation loss; stop after `patience` epochs without a lower one; hold the best at the end."
+    "Remember the parts of the epoch with the lowest validation loss, in `weights`; stop after `patience` epochs without a lower one."
     order = 30
     def __init__(self,
         parts: tuple[str, ...] = ("encoder", "decoder"),  # names of the model's parts that make the result
         patience: int | None = None,  # epochs; None never stops
-    ): self.parts, self.patience, self.best, self.bad_epochs, self.weights = parts, patience, math.inf, 0, {}
+        restore: bool = True,  # put the best back into the model at the end; where the parts are not all of it, that would mix two epochs
+    ): self.parts, self.patience, self.restore, self.best, self.bad_epochs, self.weights = parts, patience, restore, math.inf, 0, {}
 
     def after_validate(self):
         loss = self.epoch_figures.last("valid_loss")
@@ -117,7 +118,8 @@ class KeepBest(Callback):
             raise CancelFitException()
 
     def after_fit(self):
-        for part, weights in self.weights.items(): getattr(self.model, part).load_state_dict(weights)
+        for part, weights in self.weights.items():
+            if self.restore: getattr(self.model, part).load_state_dict(weights)
 
 # %% ../nbs/09a_runs.ipynb #ef54fe43
 def write_whole(
