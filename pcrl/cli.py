@@ -35,7 +35,8 @@ def one_sentence(
         warnings.filterwarnings("ignore", category=FutureWarning)
         try: return command(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError) as e:
-            typer.secho(f"pcrl: {e}", err=True, fg="red")
+            sentence = str(e).rpartition("`:\n\t")[2]  # fastai puts the name of its callback before an error's own words
+            typer.secho(f"pcrl: {sentence}", err=True, fg="red")
             raise typer.Exit(1) from None
     return run
 

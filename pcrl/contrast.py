@@ -121,8 +121,9 @@ def logit_stats(
 @torch.no_grad()
 def effective_rank(
     features: Tensor,  # (n, dim)
-) -> Tensor:  # scalar, 1 .. min(n, dim); 0 for features that are all zero
+) -> Tensor:  # scalar, 1 .. min(n, dim); 0 for features that are all zero, nan for features that are not finite
     "Exponential of the entropy of the singular values' shares."
-    s = torch.linalg.svdvals(features.float())
+    s = torch.linalg.svdvals(features.float().nan_to_num(0.0, 0.0, 0.0))
     share = s / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
-    return torch.exp(-torch.xlogy(share, share).sum()) * (s.sum() > 0)
+    rank = torch.exp(-torch.xlogy(share, share).sum()) * (s.sum() > 0)
+    return torch.where(features.isfinite().all(), rank, torch.nan)

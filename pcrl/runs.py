@@ -131,6 +131,7 @@ def write_whole(
     beside = path.with_name(f".{path.name}.part")
     try:
         save(beside)
+        beside.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
         os.replace(beside, path)
     finally: beside.unlink(missing_ok=True)
 

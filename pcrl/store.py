@@ -94,13 +94,14 @@ def build_store(
     dst = Path(dst)
     if dst.exists(): raise FileExistsError(f"{dst} exists already: give another name or remove it first")
     if dtype not in DTYPES: raise ValueError(f"dtype {dtype} is not supported: take one of {', '.join(DTYPES)}")
-    if isinstance(sources, (str, Path)): sources = find_images(sources, dims)
+    if isinstance(sources, (str, Path)):
+        folder, sources = sources, find_images(sources, dims)
+        if not sources: raise VolumeError(f"{folder} has no {dims}D images, nor have its subfolders: give another folder, or other dims")
     part = dst.with_name(f".{dst.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
         rows, skipped = _fill(part, sources, dims, patient, spacing, size, window, dtype)
-        reason = skipped[0][1] if skipped else "there are none"
-        if not rows: raise VolumeError(f"{dst} was not built, none of {len(sources)} files could be read: {reason}")
+        if not rows: raise VolumeError(f"{dst} was not built, none of {len(sources)} files could be read, the first since {skipped[0][1] if skipped else 'there are none'}")
         pd.DataFrame(rows).to_csv(part / "manifest.csv", index=False)
         pd.DataFrame(skipped, columns=["file", "reason"]).to_csv(part / "skipped.csv", index=False)
         part.rename(dst)

@@ -1,0 +1,173 @@
+"The command on real files and folders, as a user types it: every part of it in a process of its own."
+import json, os, subprocess, sys
+from pathlib import Path
+
+import nibabel, numpy as np, pandas as pd, pytest
+from PIL import Image
+
+from pcrl.datasets import brain_cases
+
+SMALL_2D = ["--dims", "2", "--crop", "32x32", "--size", "64", "--width", "4", "--bs", "4", "--lr", "0.05"]
+
+
+def pcrl(*args, code=0):
+    "Run the command; its standard output, or its standard error where it is to fail."
+    done = subprocess.run([Path(sys.executable).with_name("pcrl"), *map(str, args)], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1", COLUMNS="200"))
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stderr if code else done.stdout
+
+
+def complaint(*args):
+    "The one sentence with which the command refuses."
+    lines = [line for line in pcrl(*args, code=1).splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("pcrl: "), lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    "Axial slices of the embedded brain as PNG files, with masks, as a user's folder has them."
+    folder, brain = tmp_path_factory.mktemp("slices"), brain_cases(2)
+    for kind in ("images", "masks"): (folder / kind).mkdir()
+    for i in range(0, 60, 3):
+        Image.fromarray(brain.images[i][0]).save(folder / "images" / f"{i:03}.png")
+        Image.fromarray(brain.targets[i]).save(folder / "masks" / f"{i:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(slices, tmp_path_factory):
+    "A pretraining run on them."
+    out = tmp_path_factory.mktemp("runs") / "pretrained"
+    assert str(out) in pcrl("pretrain", slices / "images", "--out", out, "--epochs", 2, *SMALL_2D)
+    return out
+
+
+def test_pretrain_writes_a_run_folder_and_a_store(run):
+    assert {p.name for p in run.iterdir()} == {"card.md", "config.json", "decoder.safetensors", "encoder.safetensors", "figures", "log.csv", "resume"}
+    assert len(pd.read_csv(run.with_name("pretrained-store") / "manifest.csv")) == 20
+    log = pd.read_csv(run / "log.csv")
+    assert {"train_loss", "valid_contrast", "valid_reconstruction", "valid_positive", "valid_negative", "valid_logit_gap", "valid_rank"} <= set(log.columns)
+    assert json.loads((run / "config.json").read_text())["recipe"]["name"] == "paper"
+
+
+def test_pretrain_does_not_overwrite_a_run(run, slices):
+    before = (run / "encoder.safetensors").read_bytes()
+    assert "holds a run already" in complaint("pretrain", slices / "images", "--out", run, *SMALL_2D)
+    assert (run / "encoder.safetensors").read_bytes() == before
+
+
+def test_pretrain_resumes_where_it_stopped(run, slices, tmp_path):
+    "Cut off after its first epoch by removing what came later, and continued: the same weights as the run that was never stopped."
+    out = tmp_path / "cut"
+    store = run.with_name("pretrained-store")
+    killer = f"""
+import sys
+from fastai.callback.core import Callback
+from pcrl import cli, runs
+class Stop(Callback):
+    order = 99
+    def after_epoch(self):
+        if self.epoch == 0: sys.exit(9)
+make = runs.RunFolder.__init__
+from pcrl import pretrain as p
+learner = p.pretrain_learner
+def stopped(*args, **kwargs):
+    learn = learner(*args, **kwargs)
+    learn.add_cb(Stop())
+    return learn
+p.pretrain_learner = stopped
+sys.argv = ["pcrl", "pretrain", {str(store)!r}, "--out", {str(out)!r}, "--epochs", "2"] + {SMALL_2D!r}
+cli.app()
+"""
+    assert subprocess.run([sys.executable, "-c", killer], capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1")).returncode == 9
+    assert len(pd.read_csv(out / "log.csv")) == 1
+    pcrl("pretrain", store, "--out", out, "--epochs", 2, "--resume", *SMALL_2D)
+    assert (out / "resume" / "epoch-1.safetensors").read_bytes() == (run / "resume" / "epoch-1.safetensors").read_bytes()
+
+
+def test_finetune_to_masks_from_a_run_and_from_scratch(run, slices, tmp_path):
+    shared = ["--dims", 2, "--crop", "64x64", "--epochs", 2, "--lr", 0.003]
+    for arm, extra in (("scratch", ["--width", 4]), ("pcrl", ["--init", run])):
+        out = pcrl("finetune", slices, "--out", tmp_path / arm, *shared, *extra)
+        assert "dice" in out and "test cases" in out
+        assert pd.read_csv(tmp_path / arm / "test.csv").value.between(0, 1).all()
+    a, b = (json.loads((tmp_path / arm / "config.json").read_text()) for arm in ("scratch", "pcrl"))
+    assert [k for k in a if a[k] != b[k]] == ["init"]
+
+
+def test_finetune_to_labels(slices, tmp_path):
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    (folder / "images").symlink_to(slices / "images")
+    names = sorted(p.name for p in (slices / "images").iterdir())
+    splits = ["train"] * 10 + ["valid"] * 4 + ["test"] * 6
+    pd.DataFrame(dict(image=names, split=splits, bright=[0, 1] * 10)).to_csv(folder / "labels.csv", index=False)
+    assert "auc bright" in pcrl("finetune", folder, "--out", tmp_path / "run", "--dims", 2, "--size", 64, "--width", 4, "--epochs", 1, "--labelled", 6)
+    assert "labelled cases" in json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+
+
+def test_bad_input_gets_one_sentence(run, slices, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("precious")
+    out = tmp_path / "out"
+    assert "nowhere" in complaint("pretrain", "nowhere", "--out", out)
+    assert "has no 3D images" in complaint("pretrain", tmp_path / "empty", "--out", out)
+    assert "no recipe 'best'" in complaint("pretrain", slices / "images", "--out", out, "--recipe", "best", *SMALL_2D)
+    assert "multiples of 32" in complaint("pretrain", slices / "images", "--out", out, "--dims", 2, "--crop", "40x40", "--size", 64, "--width", 4)
+    assert "is not 2 sizes" in complaint("pretrain", slices / "images", "--out", out, "--dims", 2, "--crop", "40", "--size", 64)
+    assert "'width': 4" in complaint("finetune", slices, "--out", out, "--dims", 2, "--crop", "64x64", "--init", run, "--width", 8)
+    assert "not empty" in complaint("demo", "--out", tmp_path / "mine")
+    assert "no run to continue" in complaint("pretrain", slices / "images", "--out", tmp_path / "new", "--resume", *SMALL_2D)
+    assert not out.exists() and [p.name for p in (tmp_path / "mine").iterdir()] == ["note.txt"]
+
+
+def test_a_damaged_file_is_listed_and_left_out(slices, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for p in sorted((slices / "images").iterdir()): (folder / p.name).write_bytes(p.read_bytes())
+    (folder / "torn.png").write_bytes(p.read_bytes()[:200])
+    pcrl("pretrain", folder, "--out", tmp_path / "run", "--epochs", 1, *SMALL_2D)
+    assert pd.read_csv(tmp_path / "run-store" / "skipped.csv").file.str.endswith("torn.png").tolist() == [True]
+
+
+def test_volumes_of_real_patients(kit, tmp_path):
+    "Hippocampus volumes as they lie on disk: pretrained on, then segmented, by two commands."
+    for kind, theirs in (("images", "imagesTr"), ("masks", "labelsTr")):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+        for p in sorted((kit / "hippocampus" / theirs).glob("*.nii.gz"))[:14]: (tmp_path / "own" / kind / p.name).symlink_to(p)
+    pcrl("pretrain", tmp_path / "own" / "images", "--out", tmp_path / "run", "--epochs", 1, "--crop", "16x16x16", "--width", 4, "--bs", 4, "--lr", 0.05)
+    out = pcrl("finetune", tmp_path / "own", "--out", tmp_path / "tuned", "--init", tmp_path / "run", "--epochs", 1, "--crop", "24x24x24", "--lr", 0.003)
+    assert "dice class 2" in out
+
+
+def test_demo_of_two_seeds_writes_all_it_promises(tmp_path):
+    "The processes, the table and the page; with a story much shorter than the command's own."
+    script = f"""
+from dataclasses import replace
+from pcrl.demo import STORIES, demo
+tiny = replace(STORIES["brain", 2], crop=(32, 32), width=4, epochs=1, pairs_per_image=1, labelled=2, tune_epochs=1, tune_crop=(32, 32), tune_crops=8)
+if __name__ == "__main__": demo("brain", 2, {str(tmp_path / 'demo')!r}, seeds=2, story=tiny)
+"""
+    (tmp_path / "run.py").write_text(script)
+    subprocess.run([sys.executable, tmp_path / "run.py"], check=True, capture_output=True)
+    results = pd.read_csv(tmp_path / "demo" / "results.csv")
+    assert results.columns.tolist() == ["data", "arm", "seed", "metric", "value"]
+    assert set(results.arm) == {"scratch", "pcrl"} and set(results.seed) == {0, 1}
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "Seed 1" in page and "http" not in page
+    assert {p.name for p in (tmp_path / "demo" / "runs").iterdir()} == {f"{arm}-seed{s}" for arm in ("pretrain", "scratch", "pcrl") for s in (0, 1)}
+
+
+def test_demo_that_fails_leaves_nothing_behind(tmp_path):
+    script = f"""
+from dataclasses import replace
+from pcrl.demo import STORIES, demo
+diverging = replace(STORIES["brain", 2], crop=(32, 32), width=4, epochs=1, pairs_per_image=1, lr=1e12)
+if __name__ == "__main__": demo("brain", 2, {str(tmp_path / 'demo')!r}, seeds=1, story=diverging)
+"""
+    (tmp_path / "run.py").write_text(script)
+    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and "lower the learning rate" in done.stderr
+    assert not (tmp_path / "demo").exists() or not list((tmp_path / "demo").iterdir())
