@@ -2,7 +2,7 @@ PYTHON ?= python3
 min_python := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 in_venv := . .venv/bin/activate &&
 
-.PHONY: help setup demo test test-slow export readme docs bench
+.PHONY: help setup demo results test test-slow export readme docs bench
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -17,8 +17,11 @@ setup: .venv/.installed  ## install everything into .venv, once
 	$(in_venv) python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup  ## pretrain and finetune on the embedded brain, report in demo/
-	$(in_venv) pcrl demo --out demo
+demo: setup  ## pretrain and finetune on the embedded brain, report in demo/, or demo-2/ where that is taken
+	$(in_venv) out=demo n=1; while [ -e $$out ]; do n=$$((n+1)) out=demo-$$n; done; pcrl demo --out $$out
+
+results: setup  ## run all demonstrations, table in results/demo.csv; the larger ones read PCRL_DATA
+	$(in_venv) python tools/results.py
 
 # Notebooks run side by side, as many as cores; a second thread helps the long ones that finish last.
 test: setup  ## run every notebook and every test

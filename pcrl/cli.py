@@ -8,7 +8,7 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 __all__ = ['app', 'main', 'one_sentence', 'DemoData', 'demo', 'pretrain', 'parse_crop', 'finetune', 'bench']
 
 # %% ../nbs/20_cli.ipynb #18391989
-import warnings
+import os, warnings
 from enum import Enum
 from functools import wraps
 from pathlib import Path
@@ -32,7 +32,8 @@ def one_sentence(
     "Say what is wrong with the input in one sentence, and exit with 1."
     @wraps(command)
     def run(*args, **kwargs):
-        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)  # other libraries' own, at import
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # in the demo's processes too
         try: return command(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError) as e:
             sentence = str(e).rpartition("`:\n\t")[2]  # fastai puts the name of its callback before an error's own words

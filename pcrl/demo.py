@@ -25,7 +25,7 @@ from .datasets import Cases, brain_cases, hippocampus_cases, nih_cases
 from .diagnose import answers_figure, ask_every_transform, obedience, paths_figure
 from .finetune import finetune
 from .pretrain import pretrain_learner
-from .report import comparison_figure, figure_html, paragraph, summarise, table_html, verdict, write_page
+from .report import comparison_figure, figure_html, paragraph, side_by_side, summarise, table_html, verdict, write_page
 from .runs import plot_log, write_whole
 from .segment import overlay_figure
 
@@ -51,9 +51,9 @@ class Story:
 STORIES = {
     ("brain", 3): Story((24, 24, 24), width=8, bs=8, pairs_per_image=40, scales=(1.0,), epochs=16, lr=0.1,
                         labelled=6, tune_epochs=16, tune_bs=4, tune_lr=5e-3, tune_crop=(24, 24, 24), tune_crops=48),
-    ("brain", 2): Story((64, 64), width=16, bs=16, pairs_per_image=4, scales=(0.3, 1.0), epochs=12, lr=0.1,
+    ("brain", 2): Story((64, 64), width=16, bs=16, pairs_per_image=4, scales=(0.3, 1.0), epochs=12, lr=0.03,
                         labelled=6, tune_epochs=16, tune_bs=8, tune_lr=3e-3, tune_crop=(64, 64), tune_crops=64),
-    ("nih_cxr14_subset", 2): Story((64, 64), width=16, bs=32, pairs_per_image=1, scales=(0.3, 1.0), epochs=20, lr=0.1,
+    ("nih_cxr14_subset", 2): Story((64, 64), width=16, bs=32, pairs_per_image=1, scales=(0.3, 1.0), epochs=20, lr=0.03,
                                    labelled=64, tune_epochs=30, tune_bs=16, tune_lr=1e-3),
     ("hippocampus", 3): Story((24, 24, 24), width=8, bs=8, pairs_per_image=1, scales=(1.0,), epochs=14, lr=0.1,
                               labelled=3, tune_epochs=16, tune_bs=4, tune_lr=5e-3, tune_crop=(32, 32, 32), tune_crops=24),
@@ -153,7 +153,8 @@ def pretraining_sentences(
     heard = (f"Reconstruction: {obeyed['obedience']:.0%} of the answers are nearest to the transform that was asked for (chance {obeyed['chance']:.0%}); the error to the right answer is {obeyed['right']:.4f}, to the wrong ones "
              f"{obeyed['wrong_over_right']:.2f} times that. Plain grey would have {obeyed['mean']:.4f}, the average over all transforms {obeyed['average']:.4f}, the untransformed crop {obeyed['untransformed']:.4f}. ")
     heard += "The network does not listen to the request." if obeyed["wrong_over_right"] < 1.1 else "The network listens to the request."
-    return [contrast, heard]
+    kept = f"Kept for finetuning: epoch {log.valid_loss.argmin() + 1} of {len(log)}, which had the lowest validation loss."
+    return [contrast, heard, kept]
 
 # %% ../nbs/19_demo.ipynb #386f9947
 def write_report(
@@ -167,22 +168,23 @@ def write_report(
     runs = {seed: out / "runs" / f"pretrain-seed{seed}" for seed in seeds}
     logs = {seed: pd.read_csv(run / "log.csv") for seed, run in runs.items()}
     obeyed = {seed: json.loads((run / "figures" / "obedience.json").read_text()) for seed, run in runs.items()}
-    wide = results.pivot_table(index=["metric", "seed"], columns="arm", values="value", sort=False).reset_index()
+    wide = results.pivot_table(index=["metric", "seed"], columns="arm", values="value", sort=False).reset_index().rename_axis(columns=None)
     asked = pd.DataFrame([dict(seed=s) | o for s, o in obeyed.items()])
     sections = {
-        "": [paragraph(f"{cases.name}, {cases.dims}D: {len(cases.unlabelled)} unlabelled images for pretraining, {story.labelled} labelled cases for finetuning, {len(cases.part('test'))} test cases, {len(seeds)} seeds."),
+        "": [paragraph(f"{cases.name}, {cases.dims}D: {len(cases.unlabelled)} unlabelled images for pretraining, {story.labelled} labelled cases for finetuning, "
+                       f"{len(cases.part('valid'))} labelled validation cases that choose the epoch for both arms, {len(cases.part('test'))} test cases, {len(seeds)} seeds."),
              paragraph(f"Mind: {cases.note}.", note=True)],
         "What pretraining bought": [paragraph(verdict(results, metric, "pcrl")), figure_html(comparison_figure(results, metric), f"{metric} on the test cases: every seed, mean and standard deviation."),
                                     table_html(summarise(results)), table_html(wide)],
-        "What pretraining learned": [*map(paragraph, pretraining_sentences(logs[seeds[0]], obeyed[seeds[0]])),
-            *(figure_html(plot_log(log), f"Seed {seed}: training (line) and validation (dashed).") for seed, log in logs.items())],
+        "What pretraining learned": [piece for seed in seeds for piece in (figure_html(plot_log(logs[seed]), f"Seed {seed}: training (line) and validation (dashed)."),
+                                                                      *map(paragraph, pretraining_sentences(logs[seed], obeyed[seed])))],
         "The three paths": [figure_html(runs[s] / "figures" / "paths.png", f"Seed {s}: validation crops at the end of pretraining; ordinary (o), momentum (m) and hybrid (h) path.") for s in seeds[:1]],
         "Asked for every transform": [paragraph("One corrupted crop is the input throughout. Above: what was asked for. Below: what came back, its error to the right answer, its mean error to the wrong ones, and the transform it is nearest to."),
             *(figure_html(runs[s] / "figures" / "answers.png", f"Seed {s}.") for s in seeds), table_html(asked)],
         "Settings": [table_html(pd.DataFrame([(k, str(v)) for k, v in asdict(story).items()], columns=["setting", "value"])),
                      paragraph("The recipe, the versions and the seeds are in each run's config.json. The pretrained arm starts from the epoch with the lowest validation loss; the panels show the last epoch.")]}
     if overlays := sorted((out / "figures").glob("overlays-*.png")):
-        sections["What pretraining bought"] += [figure_html(p, f"Test cases, {p.stem.removeprefix('overlays-')}: truth and both arms.") for p in overlays]
+        sections["What pretraining bought"].insert(2, side_by_side([figure_html(p, f"Test cases, seed {p.stem.removeprefix('overlays-seed')}: truth and both arms.") for p in overlays]))
     return write_page(out / "report.html", f"PCRL against scratch: {cases.name}", sections)
 
 # %% ../nbs/19_demo.ipynb #c4b5cb16

@@ -11,6 +11,7 @@ __all__ = ['ask_every_transform', 'right_answers', 'obedience', 'answers_figure'
 import torch
 from torch import Tensor, nn
 
+from .crossmix import mix
 from .transforms import apply_transforms, distinct_transforms, transform_name
 
 # %% ../nbs/11_diagnose.ipynb #40fb3c13
@@ -74,14 +75,14 @@ def answers_figure(
     from matplotlib.figure import Figure
     answers, rights = ask_every_transform(model, shown)[0], right_answers(clean)[0]
     names = [transform_name(vec) for vec in distinct_transforms(shown.ndim - 2)]
-    fig = Figure(figsize=(8 * 1.35, 3.9 * len(names) / 8), dpi=80, layout="constrained")
+    fig = Figure(figsize=(8 * 1.35, 4.3 * len(names) / 8), dpi=80, layout="constrained")
     axs = fig.subplots(2 * len(names) // 8, 8, squeeze=False)
     for i, name in enumerate(names):
         errors = (rights - answers[i]).square().flatten(1).mean(1)
         wrong = (errors.sum() - errors[i]) / (len(errors) - 1)
         row, col = 2 * (i // 8), i % 8
         _picture(axs[row, col], rights[i], f"asked: {name}")
-        _picture(axs[row + 1, col], answers[i], f"right {errors[i]:.4f}, wrong {wrong:.4f}\nnearest: {names[errors.argmin()]}")
+        _picture(axs[row + 1, col], answers[i], f"right {errors[i]:.4f}\nwrong {wrong:.4f}\nnearest: {names[errors.argmin()]}")
     return fig
 
 # %% ../nbs/11_diagnose.ipynb #1c099d04
@@ -91,19 +92,19 @@ def paths_figure(
     views,  # of one step, from `model.views`
     rows: int = 2,  # images to show
 ):  # a matplotlib Figure
-    "Original, corrupted, target and reconstruction for the ordinary, momentum and hybrid paths."
+    "Original, corrupted, target and reconstruction for the ordinary, momentum and hybrid paths; the hybrid path mixes features, so it has no corrupted image of its own."
     from matplotlib.figure import Figure
     training = model.training
     out = model.eval()(views).reconstructions.view(3, -1, *views.clean_o.shape[1:])
     model.train(training)
-    targets = views.targets.view_as(out)
+    targets, mixed = views.targets.view_as(out), mix(views.clean_o, views.clean_m, views.lam)
     rows = min(rows, len(views.clean_o))
-    fig = Figure(figsize=(13, 1.6 * rows), dpi=80, layout="constrained")
-    axs = fig.subplots(rows, 10, squeeze=False)
+    fig = Figure(figsize=(14, 1.6 * rows), dpi=80, layout="constrained")
+    axs = fig.subplots(rows, 11, squeeze=False)
     for i, row in enumerate(axs):
         pictures = []
         for k, (path, clean, seen) in enumerate((("o", views.clean_o, views.corrupt_o), ("m", views.clean_m, views.corrupt_m))):
             pictures += [(clean[i], f"{path}: clean"), (seen[i], f"{path}: corrupted"), (targets[k, i], f"{path}: target"), (out[k, i], f"{path}: reconstruction")]
-        pictures += [(targets[2, i], f"h: target, λ {views.lam[i]:.2f}"), (out[2, i], "h: reconstruction")]
+        pictures += [(mixed[i], f"h: clean, λ {views.lam[i]:.2f}"), (targets[2, i], "h: target"), (out[2, i], "h: reconstruction")]
         for ax, (image, title) in zip(row, pictures): _picture(ax, image, title)
     return fig

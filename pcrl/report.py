@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/report.html.md"""
 
 # %% auto #0
 __all__ = ['STYLE', 'summarise', 'paired_difference', 'verdict', 'comparison_figure', 'figure_html', 'table_html', 'write_page',
-           'paragraph']
+           'side_by_side', 'paragraph']
 
 # %% ../nbs/18_report.ipynb #ae890f50
 import base64, html, io
@@ -97,6 +97,7 @@ def table_html(
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
 h1{margin-bottom:.2rem} h2{margin-top:2.2rem;border-bottom:1px solid #ddd} .note{background:#fff6dd;border-left:4px solid #e0a800;padding:.6rem 1rem}
 img{max-width:100%} figure{margin:1rem 0} figcaption{color:#555;font-size:.9rem} table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
+.row{display:flex;flex-wrap:wrap;gap:1rem} .row figure{flex:0 1 auto;margin:0}
 td,th{padding:.25rem .7rem;border-bottom:1px solid #eee;text-align:right} td:first-child,th:first-child{text-align:left}"""
 
 
@@ -110,6 +111,13 @@ def write_page(
     page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>\n<style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n'
     write_whole(Path(path), lambda p: p.write_text(page, encoding="utf-8"))
     return Path(path)
+
+
+def side_by_side(
+    pieces: list[str],  # figures, as HTML
+) -> str:
+    "Figures in a row, as many as the window is wide."
+    return f"<div class=row>{''.join(pieces)}</div>"
 
 
 def paragraph(

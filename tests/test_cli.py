@@ -1,10 +1,12 @@
-"The command on real files and folders, as a user types it: every part of it in a process of its own."
+"The command on real files and folders, as a user types it: in a process of its own, but for refusals."
 import json, os, subprocess, sys
 from pathlib import Path
 
-import nibabel, numpy as np, pandas as pd, pytest
+import pandas as pd, pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from pcrl.cli import app
 from pcrl.datasets import brain_cases
 
 SMALL_2D = ["--dims", "2", "--crop", "32x32", "--size", "64", "--width", "4", "--bs", "4", "--lr", "0.05"]
@@ -19,8 +21,9 @@ def pcrl(*args, code=0):
 
 def complaint(*args):
     "The one sentence with which the command refuses."
-    lines = [line for line in pcrl(*args, code=1).splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("pcrl: "), lines
+    done = CliRunner().invoke(app, [str(a) for a in args])
+    lines = done.stderr.strip().splitlines()
+    assert done.exit_code == 1 and len(lines) == 1 and lines[0].startswith("pcrl: "), (done.exit_code, lines, done.exception)
     return lines[0]
 
 
@@ -58,25 +61,17 @@ def test_pretrain_does_not_overwrite_a_run(run, slices):
 
 
 def test_pretrain_resumes_where_it_stopped(run, slices, tmp_path):
-    "Cut off after its first epoch by removing what came later, and continued: the same weights as the run that was never stopped."
+    "Cut off after its first epoch, and continued: the same weights, queue and optimiser as the run that was never stopped."
     out = tmp_path / "cut"
     store = run.with_name("pretrained-store")
     killer = f"""
 import sys
 from fastai.callback.core import Callback
-from pcrl import cli, runs
+from pcrl import cli, pretrain
 class Stop(Callback):
-    order = 99
-    def after_epoch(self):
-        if self.epoch == 0: sys.exit(9)
-make = runs.RunFolder.__init__
-from pcrl import pretrain as p
-learner = p.pretrain_learner
-def stopped(*args, **kwargs):
-    learn = learner(*args, **kwargs)
-    learn.add_cb(Stop())
-    return learn
-p.pretrain_learner = stopped
+    def after_epoch(self): sys.exit(9)
+make = pretrain.pretrain_learner
+pretrain.pretrain_learner = lambda *args, **kwargs: make(*args, **kwargs).add_cb(Stop())
 sys.argv = ["pcrl", "pretrain", {str(store)!r}, "--out", {str(out)!r}, "--epochs", "2"] + {SMALL_2D!r}
 cli.app()
 """
