@@ -44,7 +44,8 @@ def conditions(
     device: torch.device,
 ) -> str:  # one line
     "What a figure was measured under."
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
 
 # %% ../nbs/17_benchmarks.ipynb #c3ae7ce6
@@ -87,15 +88,17 @@ def step_over_floor(
 
 # %% ../nbs/17_benchmarks.ipynb #87d9c6a6
 def _step_suite(repeats, device):
-    "Rows of the suite `step`: crops of the size that the authors' code trains on; in 3D a quarter of the paper's width, for a CPU."
-    for name, dims, width, shape, bs in (("step_3d_over_floor", 3, 16, (32, 64, 64), 4), ("step_2d_over_floor", 2, 64, (224, 224), 8)):
+    "Rows of the suite `step`: crops of the size that the authors' code trains on; in 3D a quarter of the paper's width."
+    sizes = {"step_3d_over_floor": (3, 16, (32, 64, 64), 4), "step_2d_over_floor": (2, 64, (224, 224), 8)}
+    for name, (dims, width, shape, bs) in sizes.items():
         figures = step_over_floor(dims, width, shape, bs, repeats, device)
-        yield dict(name=name, **figures, better="lower", conditions=f"width {width}, crops {'x'.join(map(str, shape))}, batch {bs}, float32, {repeats} repeats; {conditions(device)}")
+        setting = f"width {width}, crops {'x'.join(map(str, shape))}, batch {bs}, float32, {repeats} repeats"
+        yield dict(name=name, **figures, better="lower", conditions=f"{setting}; {conditions(device)}")
 
 
 SUITES = {"step": _step_suite}
 
-
+# %% ../nbs/17_benchmarks.ipynb #3041b4ff
 def bench(
     suite: str,  # a name in `SUITES`
     out: str | Path,  # folder for bench.csv

@@ -26,8 +26,11 @@ from .unet import UNet
 
 # %% ../nbs/12_classify.ipynb #0a6eec6b
 class LabelledImages:
-    "Images and label vectors; `images[epoch, index]` is (image (C, [D,] H, W) in [0, 1], labels), the same in each epoch."
-    def __init__(self, cases: Cases, seed: int = 0): self.cases, self.seed = cases, seed
+    "Images and labels; `images[epoch, index]` is (image (C, [D,] H, W) in [0, 1], labels (L,)), alike in each epoch."
+    def __init__(self,
+        cases: Cases,  # task "classify"
+        seed: int = 0,  # of the order in which a loader takes them
+    ): self.cases, self.seed = cases, seed
 
     def __len__(self): return len(self.cases)
 
@@ -35,15 +38,19 @@ class LabelledImages:
         _, index = key
         return to_unit(torch.from_numpy(np.array(self.cases.images[index]))), torch.tensor(self.cases.targets[index])
 
-
+# %% ../nbs/12_classify.ipynb #deb1a476
 class LabelledLoader(CropLoader):
     "Batches (images, targets); their order depends on the dataset's seed and on `self.epoch` alone."
-    def create_item(self, key): return self.dataset[key]
+    def create_item(self,
+        key,  # (epoch, index)
+    ):  # what the dataset gives for it
+        "One case."
+        return self.dataset[key]
 
-# %% ../nbs/12_classify.ipynb #5f8a68a6
+# %% ../nbs/12_classify.ipynb #d6cde3c5
 def classify_loaders(
     cases: Cases,  # with a "train" and a "valid" part; task "classify"
-    bs: int = 32,
+    bs: int = 32,  # images in a batch
     seed: int = 0,  # of the order
     device: torch.device | None = None,  # where batches go; None: fastai's default
 ) -> DataLoaders:  # of (images (B, C, [D,] H, W), labels (B, L))
@@ -51,21 +58,26 @@ def classify_loaders(
 
     Raises ValueError if a part is empty, or the train part has a single case."""
     train, valid = (LabelledImages(cases.part(name), seed) for name in ("train", "valid"))
-    if len(train) < 2 or not len(valid): raise ValueError(f"{cases.name} has {len(train)} train and {len(valid)} valid cases: finetuning needs 2 and 1 at least")
+    if len(train) < 2 or not len(valid):
+        raise ValueError(f"{cases.name} has {len(train)} train and {len(valid)} valid cases: finetuning needs 2 and 1 at least")
     bs = min(bs, len(train))
-    return DataLoaders(LabelledLoader(train, bs=bs, shuffle=True, drop_last=len(train) % bs == 1), LabelledLoader(valid, bs=bs), device=device or default_device())
+    shuffled = LabelledLoader(train, bs=bs, shuffle=True, drop_last=len(train) % bs == 1)
+    return DataLoaders(shuffled, LabelledLoader(valid, bs=bs), device=device or default_device())
 
-# %% ../nbs/12_classify.ipynb #d6cde3c5
+# %% ../nbs/12_classify.ipynb #300391f7
 class Classifier(nn.Module):
     "The encoder, its deepest map pooled, and one fully connected layer: logits (B, labels)."
     def __init__(self,
         encoder: nn.Module,  # from a `UNet`
-        n_labels: int,
+        n_labels: int,  # L
     ):
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(encoder.channels[-1], n_labels)
 
-    def forward(self, x: Tensor) -> Tensor: return self.head(self.encoder(x)[-1].flatten(2).mean(2))
+    def forward(self,
+        x: Tensor,  # images, (B, C, [D,] H, W), [0, 1]
+    ) -> Tensor:  # logits, (B, L)
+        return self.head(self.encoder(x)[-1].flatten(2).mean(2))
 
 # %% ../nbs/12_classify.ipynb #0ae78127
 def classify_learner(
@@ -77,7 +89,7 @@ def classify_learner(
     seed: int = 0,  # of the starting weights
     run: str | Path | None = None,  # folder to write to; None writes nothing
     data: str = "not stated",  # what is learned from, for the model card
-) -> Learner:
+) -> Learner:  # ready for `fit`
     """A Learner that finetunes an encoder to labels.
 
     Raises FileNotFoundError if `init` is not a run, ValueError if its network is another one."""
@@ -86,27 +98,29 @@ def classify_learner(
     net = UNet(len(size), channels, width)
     model = Classifier(net.encoder, len(labels))
     if init is not None: load_weights_(net, init)
-    settings = dict(title=f"classification of {', '.join(labels)}", task="classify", dims=len(size), in_channels=channels, width=width, labels=labels, size=size,
-                    init=str(init or "scratch"), data=data, seed=seed, batch_size=dls.train.bs)
+    settings = dict(title=f"classification of {', '.join(labels)}", task="classify", dims=len(size), in_channels=channels,
+                    width=width, labels=labels, size=size, init=str(init or "scratch"), data=data, seed=seed,
+                    batch_size=dls.train.bs)
     return finetune_learner(dls, model, F.binary_cross_entropy_with_logits, ("encoder", "head"), lr, run, settings)
 
 # %% ../nbs/12_classify.ipynb #4a04fd4a
 @torch.no_grad()
 def predict_probabilities(
-    model: nn.Module,
+    model: nn.Module,  # images to logits; left in evaluation mode
     images: list,  # arrays (C, [D,] H, W), uint8 or float [0, 1], of one shape
-    bs: int = 64,
-) -> np.ndarray:  # (N, labels)
+    bs: int = 64,  # images in a batch
+) -> np.ndarray:  # (N, labels), [0, 1]
     "The model's probability of each label for each image."
     device, model = next(model.parameters()).device, model.eval()
     batches = [torch.from_numpy(np.stack(images[i:i + bs])) for i in range(0, len(images), bs)]
     return torch.cat([model(to_unit(b.to(device))).sigmoid().float().cpu() for b in batches]).numpy()
 
-
+# %% ../nbs/12_classify.ipynb #ce0649bd
 def auc_per_label(
     targets: np.ndarray,  # (N, labels), 0 or 1
     probabilities: np.ndarray,  # (N, labels)
 ) -> np.ndarray:  # (labels,), nan where a label has one value only
     "Area under the ROC curve of each label, by scikit-learn."
     from sklearn.metrics import roc_auc_score
-    return np.array([roc_auc_score(t, p) if 0 < t.sum() < len(t) else np.nan for t, p in zip(targets.T, probabilities.T)])
+    auc = lambda t, p: roc_auc_score(t, p) if 0 < t.sum() < len(t) else np.nan
+    return np.array([auc(t, p) for t, p in zip(targets.T, probabilities.T)])

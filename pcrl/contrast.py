@@ -12,6 +12,7 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/08_contrast.ipynb #45eb593a
@@ -69,20 +70,24 @@ class KeyQueue(nn.Module):
         "The rows that are filled."
         return self.rows[:self._count]
 
-    @torch.no_grad()
-    def push(self, keys: Tensor):  # (n, dim)
-        "Add keys, the oldest out."
-        size = len(self.rows)
-        self._count += len(keys)
-        keys = keys[-size:].to(self.rows.dtype)
-        at = torch.arange(self._count - len(keys), self._count, device=keys.device) % size
-        self.rows[at] = keys
-        self.pushed.fill_(self._count)
+# %% ../nbs/08_contrast.ipynb #502ca574
+@patch
+@torch.no_grad()
+def push(self: KeyQueue,
+    keys: Tensor,  # (n, dim), of any precision
+):
+    "Add keys, the oldest out."
+    size = len(self.rows)
+    self._count += len(keys)
+    keys = keys[-size:].to(self.rows.dtype)
+    at = torch.arange(self._count - len(keys), self._count, device=keys.device) % size
+    self.rows[at] = keys
+    self.pushed.fill_(self._count)
 
 # %% ../nbs/08_contrast.ipynb #bf516074
 def momentum_copy(
-    module: nn.Module,
-) -> nn.Module:  # a deep copy
+    module: nn.Module,  # the ordinary branch
+) -> nn.Module:  # a deep copy, its BatchNorms with momentum 0
     "A copy that gets no gradient and changes by `ema_update_` alone."
     copy = deepcopy(module).requires_grad_(False)
     for m in copy.modules():
@@ -92,12 +97,13 @@ def momentum_copy(
 # %% ../nbs/08_contrast.ipynb #4b0aa6ef
 @torch.no_grad()
 def ema_update_(
-    momentum: nn.Module,
-    ordinary: nn.Module,  # of the same shape
-    beta: float,  # how much of the old value stays
+    momentum: nn.Module,  # changed in place
+    ordinary: nn.Module,  # of the same shape, left as it is
+    beta: float,  # share of the old value that stays, 0 .. 1
 ):
     "Eq. 9, in place, for weights and running statistics."
-    pairs = list(zip([*momentum.parameters(), *momentum.buffers()], [*ordinary.parameters(), *ordinary.buffers()], strict=True))
+    state = lambda module: [*module.parameters(), *module.buffers()]
+    pairs = list(zip(state(momentum), state(ordinary), strict=True))
     real = [(m, o) for m, o in pairs if m.is_floating_point()]
     torch._foreach_lerp_([m for m, _ in real], [o for _, o in real], 1 - beta)
     for m, o in pairs:
@@ -106,16 +112,17 @@ def ema_update_(
 # %% ../nbs/08_contrast.ipynb #43b3eaad
 @torch.no_grad()
 def logit_stats(
-    q: Tensor,  # g_o, (B, dim)
-    k: Tensor,  # g_m, (B, dim)
-    queue: Tensor,  # (N, dim), may be empty
+    q: Tensor,  # queries g_o, (B, dim), unit length
+    k: Tensor,  # their positives g_m, (B, dim), unit length
+    queue: Tensor,  # keys, (N, dim), unit length; may be empty
 ) -> dict[str, Tensor]:  # scalars; cosines
-    "Mean cosine with the positive, with the queue and with the batch's other images, and the two gaps. Negatives that do not exist give nan."
+    "Mean cosine with positive and queue, and the gaps to queue and batch; nan where there are no negatives."
     similarity = q @ k.T
     positive = similarity.diagonal().mean()
     off_diagonal = similarity[~torch.eye(len(q), dtype=torch.bool, device=q.device)]
     negative, batch_negative = (q @ queue.T).mean(), off_diagonal.mean()
-    return dict(positive=positive, negative=negative, logit_gap=positive - negative, batch_gap=positive - batch_negative)
+    return dict(positive=positive, negative=negative,
+                logit_gap=positive - negative, batch_gap=positive - batch_negative)
 
 # %% ../nbs/08_contrast.ipynb #72452da6
 @torch.no_grad()

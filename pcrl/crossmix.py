@@ -16,8 +16,8 @@ def sample_lam(
     n: int,  # batch size
     alpha: float = 1.0,  # of Beta(alpha, alpha)
     per_sample: bool = True,  # False: one lam for the whole batch
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,  # source of the random numbers, on `device`
+    device: torch.device | str | None = None,  # where lam lives
 ) -> Tensor:  # lam, (n,), in [0, 1]
     "Draw the mixing weights from Beta(alpha, alpha)."
     concentration = torch.full((2, n if per_sample else 1), float(alpha), device=device)
@@ -38,10 +38,11 @@ def mix(
 def crossmix(
     pyramid_o: list[Tensor],  # F_o^1 .. F_o^l, each (B, C_i, [D,] H_i, W_i)
     pyramid_m: list[Tensor],  # F_m^1 .. F_m^l
-    lam: Tensor,  # (B,)
+    lam: Tensor,  # weight of the ordinary one, (B,)
 ) -> list[Tensor]:  # F_h^1 .. F_h^l
     """Mix the two pyramids level by level.
 
     Raises ValueError if they differ in levels."""
-    if len(pyramid_o) != len(pyramid_m): raise ValueError(f"pyramids of {len(pyramid_o)} and {len(pyramid_m)} levels cannot be mixed")
+    if len(pyramid_o) != len(pyramid_m):
+        raise ValueError(f"pyramids of {len(pyramid_o)} and {len(pyramid_m)} levels cannot be mixed")
     return [mix(f_o, f_m, lam) for f_o, f_m in zip(pyramid_o, pyramid_m)]

@@ -193,20 +193,26 @@ def hippocampus_cases(
 # %% ../nbs/02_datasets.ipynb #1cf8ea74
 def _own_table(root, names):
     "labels.csv, checked against the files, or a table of the files' names."
-    table = pd.read_csv(root / "labels.csv", dtype={"image": str, "patient": str, "split": str}) if (root / "labels.csv").is_file() else pd.DataFrame(dict(image=names))
-    if "image" not in table: raise ValueError(f"{root / 'labels.csv'} has no column 'image': name there each file below images/")
-    if missing := sorted(set(table.image) - set(names)): raise ValueError(f"{root / 'labels.csv'} names {missing[0]}, which is not below {root / 'images'} ({len(missing)} such in all)")
-    if "split" in table and (odd := set(table.split) - {"train", "valid", "test"}): raise ValueError(f"{root / 'labels.csv'} has the split {sorted(map(str, odd))[0]!r}: use train, valid and test")
+    path = root / "labels.csv"
+    text = {"image": str, "patient": str, "split": str}
+    table = pd.read_csv(path, dtype=text) if path.is_file() else pd.DataFrame(dict(image=names))
+    if "image" not in table: raise ValueError(f"{path} has no column 'image': name there each file below images/")
+    if missing := sorted(set(table.image) - set(names)):
+        raise ValueError(f"{path} names {missing[0]}, which is not below {root / 'images'} ({len(missing)} such in all)")
+    if "split" in table and (odd := set(table.split) - {"train", "valid", "test"}):
+        raise ValueError(f"{path} has the split {sorted(map(str, odd))[0]!r}: use train, valid and test")
     return table.assign(patient=table.patient if "patient" in table else table.image)
 
 def _own_masks(root, table, spacing, shapes):
     "The masks of the table's images, in their grid."
     masks = []
     for name, shape in zip(table.image, shapes):
-        volume = read_volume(root / "masks" / name)
+        path = root / "masks" / name
+        volume = read_volume(path)
         mask = (volume if spacing is None or volume.array.ndim == 2 else resample(volume, spacing, labels=True)).array
-        if mask.shape != shape: raise ValueError(f"{root / 'masks' / name} has shape {mask.shape}, but its image has {shape}: they must cover the same grid")
-        if (mask != mask.round()).any() or mask.min() < 0 or mask.max() > 255: raise ValueError(f"{root / 'masks' / name} is not a mask: whole numbers from 0 to 255 are expected")
+        if mask.shape != shape: raise ValueError(f"{path} has shape {mask.shape}, but its image has {shape}: they must cover the same grid")
+        if (mask != mask.round()).any() or mask.min() < 0 or mask.max() > 255:
+            raise ValueError(f"{path} is not a mask: whole numbers from 0 to 255 are expected")
         masks.append(mask.astype(np.uint8))
     return masks
 
@@ -220,16 +226,27 @@ def folder_cases(
     seed: int = 0,  # of the split, where the table has none
 ) -> Cases:
     "A folder of one's own, for finetuning. Raises ValueError or VolumeError, one sentence, for files and tables that do not fit."
-    root, task = Path(root), "segment" if (Path(root) / "masks").is_dir() else "classify"
-    if task == "classify": _read_table(root / "labels.csv")
+    root, masks = Path(root), (Path(root) / "masks").is_dir()
+    if not masks: _read_table(root / "labels.csv")
     paths = {p.relative_to(root / "images").as_posix(): p for p in find_images(root / "images", dims)}
     table = _own_table(root, list(paths))
-    images = [prepare(read_volume(paths[name]), spacing, size if task == "classify" else None, window) for name in table.image]
+    images = [prepare(read_volume(paths[name]), spacing, None if masks else size, window) for name in table.image]
+    if masks: targets, classes = _mask_classes(root, _own_masks(root, table, spacing, [x.shape[1:] for x in images]))
+    else: targets, classes = _label_columns(root, table)
+    deal = lambda: split_by_patient(table.patient.tolist(), (0.7, 0.1, 0.2), seed, None if masks else targets)
+    return Cases(root.resolve().name, dims, "segment" if masks else "classify", images, targets, classes, table.patient.tolist(),
+                 table.split.tolist() if "split" in table else deal(), note=f"{len(table)} images of {table.patient.nunique()} patients")
+
+def _mask_classes(root, masks):
+    "The masks with their values renumbered 1, 2, ..., and the values' names: a mask of 0 and 255 has one class."
+    values = sorted(set().union(*(np.unique(m).tolist() for m in masks)) - {0})
+    if not values: raise ValueError(f"{root / 'masks'} has nothing but background: there is nothing to learn")
+    number = np.zeros(256, np.uint8)
+    number[values] = range(1, len(values) + 1)
+    return [number[m] for m in masks], [f"class {v}" for v in values]
+
+def _label_columns(root, table):
+    "The labels (N, L) and their names: every column that is not about the image itself."
     names = [c for c in table if c not in ("image", "patient", "split")]
-    if task == "segment":
-        targets = _own_masks(root, table, spacing, [x.shape[1:] for x in images])
-        names = [f"class {i}" for i in range(1, max(int(m.max()) for m in targets) + 1)]
-    else: targets = table[names].to_numpy(np.float32)
-    if not names or (task == "classify" and not np.isin(targets, (0, 1)).all()): raise ValueError(f"{root} has no labels to learn: {'masks are empty' if task == 'segment' else 'labels.csv needs columns of 0 and 1'}")
-    split = table.split.tolist() if "split" in table else split_by_patient(table.patient.tolist(), (0.7, 0.1, 0.2), seed, targets if task == "classify" else None)
-    return Cases(root.resolve().name, dims, task, images, targets, names, table.patient.tolist(), split, note=f"{len(table)} images of {table.patient.nunique()} patients in a folder of the user's")
+    if not names or not table[names].isin([0, 1]).all(None): raise ValueError(f"{root / 'labels.csv'} needs columns of 0 and 1, one for each label")
+    return table[names].to_numpy(np.float32), names

@@ -54,9 +54,9 @@ STORIES = {
     ("brain", 2): Story((64, 64), width=16, bs=16, pairs_per_image=4, scales=(0.3, 1.0), epochs=12, lr=0.03,
                         labelled=6, tune_epochs=16, tune_bs=8, tune_lr=3e-3, tune_crop=(64, 64), tune_crops=64),
     ("nih_cxr14_subset", 2): Story((64, 64), width=16, bs=32, pairs_per_image=1, scales=(0.3, 1.0), epochs=20, lr=0.03,
-                                   labelled=64, tune_epochs=30, tune_bs=16, tune_lr=1e-3),
+                                   labelled=64, tune_epochs=60, tune_bs=16, tune_lr=3e-4),
     ("hippocampus", 3): Story((24, 24, 24), width=8, bs=8, pairs_per_image=1, scales=(1.0,), epochs=14, lr=0.1,
-                              labelled=3, tune_epochs=16, tune_bs=4, tune_lr=5e-3, tune_crop=(32, 32, 32), tune_crops=24),
+                              labelled=3, tune_epochs=32, tune_bs=4, tune_lr=1e-2, tune_crop=(32, 32, 32), tune_crops=24),
 }
 
 # %% ../nbs/19_demo.ipynb #2d49c9f2
@@ -68,7 +68,7 @@ def find_story(
 
     Raises ValueError for a data set, or dimensions, without one."""
     own = [d for name, d in STORIES if name == data]
-    if not own: raise ValueError(f"there is no demo of {data!r}: choose one of {', '.join(dict.fromkeys(name for name, _ in STORIES))}")
+    if not own: raise ValueError(f"there is no demo of {data!r}: choose one of {', '.join(sorted({name for name, _ in STORIES}))}")
     dims = dims or max(own)
     if dims not in own: raise ValueError(f"the demo of {data} is in {' and '.join(f'{d}D' for d in own)}, not in {dims}D")
     return dims, STORIES[data, dims]
@@ -104,15 +104,17 @@ def pretrain_story(
     tell: Callable = lambda *_: None,
 ) -> Learner:
     "Pretrain PCRL on the unlabelled pool; the run's `figures/` then show its answers, and `obedience.json` measures them."
-    dls = crop_loaders(cases.unlabelled, cases.unlabelled_valid, story.crop, story.bs, story.pairs_per_image, seed=seed, scales=story.scales)
-    learn = pretrain_learner(dls, cases.dims, recipe="paper", width=story.width, run=run, data=f"{cases.name}: {cases.note}", seed=seed, lr=story.lr)
+    dls = crop_loaders(cases.unlabelled, cases.unlabelled_valid, story.crop, story.bs, story.pairs_per_image,
+                       seed=seed, scales=story.scales)
+    learn = pretrain_learner(dls, cases.dims, recipe="paper", width=story.width, run=run, seed=seed, lr=story.lr,
+                             data=f"{cases.name}: {cases.note}")
     with learn.no_bar(), learn.no_logging(): learn.fit(story.epochs, cbs=TellProgress(tell, "pretrain"))
-    generator = torch.Generator(dls.device).manual_seed(0)
-    views = learn.model.views(next(iter(dls.valid))[0], generator)
+    views = learn.model.views(next(iter(dls.valid))[0], torch.Generator(dls.device).manual_seed(0))
     measured = obedience(ask_every_transform(learn.model, views.corrupt_o), views.clean_o)
     write_whole(run / "figures" / "obedience.json", lambda p: p.write_text(json.dumps(measured)))
-    write_whole(run / "figures" / "paths.png", lambda p: paths_figure(learn.model, views, rows=3).savefig(p, format="png"))
-    write_whole(run / "figures" / "answers.png", lambda p: answers_figure(learn.model, views.corrupt_o[:1], views.clean_o[:1]).savefig(p, format="png"))
+    for name, figure in (("paths", paths_figure(learn.model, views, rows=3)),
+                         ("answers", answers_figure(learn.model, views.corrupt_o[:1], views.clean_o[:1]))):
+        write_whole(run / "figures" / f"{name}.png", lambda p: figure.savefig(p, format="png"))
     return learn
 
 # %% ../nbs/19_demo.ipynb #c48d979a
@@ -130,15 +132,20 @@ def run_seed(
     pretrain_story(cases, story, seed, runs / f"pretrain-seed{seed}", tell)
     rows, masks = [], {}
     for arm, init in (("scratch", None), ("pcrl", runs / f"pretrain-seed{seed}")):
-        metrics, masks[arm] = finetune(few, runs / f"{arm}-seed{seed}", init, story.width, story.tune_epochs, story.tune_bs, story.tune_lr, story.tune_crop,
-                                       story.tune_crops, seed, [TellProgress(tell, arm)], bar=False)
+        metrics, masks[arm] = finetune(few, runs / f"{arm}-seed{seed}", init, story.width, story.tune_epochs, story.tune_bs,
+                                       story.tune_lr, story.tune_crop, story.tune_crops, seed, [TellProgress(tell, arm)], bar=False)
         rows += [dict(data=data, arm=arm, seed=seed, metric=metric, value=float(value)) for metric, value in metrics.items()]
     if cases.task == "segment":
-        test = cases.part("test")
-        shown = np.argsort([-(truth > 0).mean() for truth in test.targets], kind="stable")[:3]  # the cases with most to see
-        fig = overlay_figure([test.images[i] for i in shown], dict(truth=[test.targets[i] for i in shown]) | {arm: [m[i] for i in shown] for arm, m in masks.items()})
+        fig = _overlays(cases.part("test"), masks)
         write_whole(out / "figures" / f"overlays-seed{seed}.png", lambda p: fig.savefig(p, format="png"))
     return rows
+
+
+def _overlays(test: Cases, masks: dict[str, list], rows: int = 3):
+    "The test cases with most foreground: truth and each arm's mask."
+    shown = np.argsort([-(truth > 0).mean() for truth in test.targets], kind="stable")[:rows]
+    pick = lambda column: [column[i] for i in shown]
+    return overlay_figure(pick(test.images), dict(truth=pick(test.targets)) | {arm: pick(column) for arm, column in masks.items()})
 
 # %% ../nbs/19_demo.ipynb #1791b15d
 def pretraining_sentences(
@@ -146,46 +153,63 @@ def pretraining_sentences(
     obeyed: dict[str, float],  # from `obedience`
 ) -> list[str]:
     "What the contrast and the reconstruction of a run came to, in plain words."
-    last = log.iloc[-1]
-    contrast = (f"Contrast: on validation crops the positive's cosine is {last.valid_positive:.3f}, the queue's {last.valid_negative:.3f}, and other images of the same batch lie "
-                f"{last.valid_batch_gap:.3f} below the positive; effective rank {last.valid_rank:.1f}. ")
-    contrast += "The crops of an image are hardly closer to each other than to other images: the contrast has collapsed or has not begun." if last.valid_batch_gap < 0.05 else "Crops of one image are told from those of others."
-    heard = (f"Reconstruction: {obeyed['obedience']:.0%} of the answers are nearest to the transform that was asked for (chance {obeyed['chance']:.0%}); the error to the right answer is {obeyed['right']:.4f}, to the wrong ones "
-             f"{obeyed['wrong_over_right']:.2f} times that. Plain grey would have {obeyed['mean']:.4f}, the average over all transforms {obeyed['average']:.4f}, the untransformed crop {obeyed['untransformed']:.4f}. ")
-    heard += "The network does not listen to the request." if obeyed["wrong_over_right"] < 1.1 else "The network listens to the request."
+    last, o = log.iloc[-1], obeyed
+    contrast = (f"Contrast: on validation crops the positive's cosine is {last.valid_positive:.3f}, the queue's {last.valid_negative:.3f}, "
+                f"and other images of the same batch lie {round(last.valid_batch_gap, 3) + 0.0:.3f} below the positive; effective rank {last.valid_rank:.1f}.")
+    apart = ("Crops of one image are told from those of others." if last.valid_batch_gap >= 0.05 else
+             "The crops of an image are hardly closer to each other than to other images: the contrast has collapsed or has not begun.")
+    heard = (f"Reconstruction: {o['obedience']:.0%} of the answers are nearest to the transform that was asked for (chance {o['chance']:.0%}); "
+             f"the error to the right answer is {o['right']:.4f}, to the wrong ones {o['wrong_over_right']:.2f} times that. Plain grey would have "
+             f"{o['mean']:.4f}, the average over all transforms {o['average']:.4f}, the untransformed crop {o['untransformed']:.4f}.")
+    listens = "The network listens to the request." if o["wrong_over_right"] >= 1.1 else "The network does not listen to the request."
     kept = f"Kept for finetuning: epoch {log.valid_loss.argmin() + 1} of {len(log)}, which had the lowest validation loss."
-    return [contrast, heard, kept]
+    return [f"{contrast} {apart}", f"{heard} {listens}", kept]
 
 # %% ../nbs/19_demo.ipynb #386f9947
+def _bought(out: Path, results: pd.DataFrame) -> list[str]:
+    "The comparison of the arms: a sentence, every seed, what was segmented, and the tables."
+    metric = results.metric.iloc[0]
+    overlays = [figure_html(p, f"Test cases, seed {p.stem.removeprefix('overlays-seed')}: truth and both arms.")
+                for p in sorted((out / "figures").glob("overlays-*.png"))]
+    wide = results.pivot_table(index=["metric", "seed"], columns="arm", values="value", sort=False).reset_index().rename_axis(columns=None)
+    return [paragraph(verdict(results, metric, "pcrl")),
+            figure_html(comparison_figure(results, metric), f"{metric} on the test cases: every seed, mean and standard deviation."),
+            side_by_side(overlays), table_html(summarise(results)), table_html(wide)]
+
+
+def _learned(runs: dict[int, Path]) -> dict[str, list[str]]:
+    "What each pretraining did: curves and words, the three paths, the answers to every request."
+    logs = {seed: pd.read_csv(run / "log.csv") for seed, run in runs.items()}
+    obeyed = {seed: json.loads((run / "figures" / "obedience.json").read_text()) for seed, run in runs.items()}
+    picture = lambda seed, name, caption: figure_html(runs[seed] / "figures" / f"{name}.png", f"Seed {seed}{caption}.")
+    curves = [[figure_html(plot_log(logs[seed]), f"Seed {seed}: training (line) and validation (dashed)."),
+               *map(paragraph, pretraining_sentences(logs[seed], obeyed[seed]))] for seed in runs]
+    explain = ("One corrupted crop is the input throughout. Above: what was asked for. Below: what came back, its error to the right answer, "
+               "its mean error to the wrong ones, and the transform it is nearest to.")
+    paths = ": validation crops at the end of pretraining; ordinary (o), momentum (m) and hybrid (h) path"
+    return {"What pretraining learned": sum(curves, []),
+            "The three paths": [picture(seed, "paths", paths) for seed in runs],
+            "Asked for every transform": [paragraph(explain), *(picture(seed, "answers", "") for seed in runs),
+                                          table_html(pd.DataFrame([dict(seed=seed) | o for seed, o in obeyed.items()]))]}
+
+# %% ../nbs/19_demo.ipynb #54c0addb
 def write_report(
-    out: Path,  # folder of a demo, with results.csv and runs/
+    out: Path,  # folder of a demo, with results.csv, runs/ and figures/
     cases: Cases,
     story: Story,
 ) -> Path:  # of report.html
-    "The page of a demo, made from what lies in its folder."
+    "The page of a demo."
     results = pd.read_csv(out / "results.csv")
-    metric, seeds = results.metric.iloc[0], sorted(results.seed.unique())
-    runs = {seed: out / "runs" / f"pretrain-seed{seed}" for seed in seeds}
-    logs = {seed: pd.read_csv(run / "log.csv") for seed, run in runs.items()}
-    obeyed = {seed: json.loads((run / "figures" / "obedience.json").read_text()) for seed, run in runs.items()}
-    wide = results.pivot_table(index=["metric", "seed"], columns="arm", values="value", sort=False).reset_index().rename_axis(columns=None)
-    asked = pd.DataFrame([dict(seed=s) | o for s, o in obeyed.items()])
-    sections = {
-        "": [paragraph(f"{cases.name}, {cases.dims}D: {len(cases.unlabelled)} unlabelled images for pretraining, {story.labelled} labelled cases for finetuning, "
-                       f"{len(cases.part('valid'))} labelled validation cases that choose the epoch for both arms, {len(cases.part('test'))} test cases, {len(seeds)} seeds."),
-             paragraph(f"Mind: {cases.note}.", note=True)],
-        "What pretraining bought": [paragraph(verdict(results, metric, "pcrl")), figure_html(comparison_figure(results, metric), f"{metric} on the test cases: every seed, mean and standard deviation."),
-                                    table_html(summarise(results)), table_html(wide)],
-        "What pretraining learned": [piece for seed in seeds for piece in (figure_html(plot_log(logs[seed]), f"Seed {seed}: training (line) and validation (dashed)."),
-                                                                      *map(paragraph, pretraining_sentences(logs[seed], obeyed[seed])))],
-        "The three paths": [figure_html(runs[s] / "figures" / "paths.png", f"Seed {s}: validation crops at the end of pretraining; ordinary (o), momentum (m) and hybrid (h) path.") for s in seeds[:1]],
-        "Asked for every transform": [paragraph("One corrupted crop is the input throughout. Above: what was asked for. Below: what came back, its error to the right answer, its mean error to the wrong ones, and the transform it is nearest to."),
-            *(figure_html(runs[s] / "figures" / "answers.png", f"Seed {s}.") for s in seeds), table_html(asked)],
-        "Settings": [table_html(pd.DataFrame([(k, str(v)) for k, v in asdict(story).items()], columns=["setting", "value"])),
-                     paragraph("The recipe, the versions and the seeds are in each run's config.json. The pretrained arm starts from the epoch with the lowest validation loss; the panels show the last epoch.")]}
-    if overlays := sorted((out / "figures").glob("overlays-*.png")):
-        sections["What pretraining bought"].insert(2, side_by_side([figure_html(p, f"Test cases, seed {p.stem.removeprefix('overlays-seed')}: truth and both arms.") for p in overlays]))
-    return write_page(out / "report.html", f"PCRL against scratch: {cases.name}", sections)
+    seeds = sorted(results.seed.unique())
+    what = (f"{cases.name}, {cases.dims}D: {len(cases.unlabelled)} unlabelled images for pretraining, {story.labelled} labelled cases for "
+            f"finetuning, {len(cases.part('valid'))} labelled validation cases that choose the epoch for both arms, "
+            f"{len(cases.part('test'))} test cases, {len(seeds)} seeds.")
+    settings = pd.DataFrame([(k, str(v)) for k, v in asdict(story).items()], columns=["setting", "value"])
+    where = ("The recipe, the versions and the seeds are in each run's config.json. The pretrained arm starts from the epoch with the "
+             "lowest validation loss; the panels show the last epoch.")
+    return write_page(out / "report.html", f"PCRL against scratch: {cases.name}", {
+        "": [paragraph(what), paragraph(f"Mind: {cases.note}.", note=True)], "What pretraining bought": _bought(out, results),
+        **_learned({seed: out / "runs" / f"pretrain-seed{seed}" for seed in seeds}), "Settings": [table_html(settings), paragraph(where)]})
 
 # %% ../nbs/19_demo.ipynb #c4b5cb16
 def _work(data, dims, story, seed, out, channel):
@@ -204,6 +228,23 @@ def _show(channel, seeds):
             bars.update(tasks[seed], description=f"seed {seed}: {stage}", completed=done, total=total)
 
 # %% ../nbs/19_demo.ipynb #b411a91b
+def _run_all(data, dims, story, seeds, out) -> pd.DataFrame:
+    "Every seed in a process of its own, with a bar for each; their rows."
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, ProcessPoolExecutor(min(seeds, os.cpu_count()), spawn) as pool:
+        channel = manager.Queue()
+        bars = threading.Thread(target=_show, args=(channel, range(seeds)))
+        bars.start()
+        try:
+            jobs = [pool.submit(_work, data, dims, story, seed, out, channel) for seed in range(seeds)]
+            for job in as_completed(jobs): job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            channel.put(None)
+            bars.join()
+    return pd.DataFrame([row for job in jobs for row in job.result()])
+
+# %% ../nbs/19_demo.ipynb #d8adbaaa
 def demo(
     data: str = "brain",  # or a set of the data kit: "nih_cxr14_subset", "hippocampus"
     dims: int | None = None,  # 2 or 3; None: the set's own, 3 for the brain
@@ -213,28 +254,17 @@ def demo(
 ) -> pd.DataFrame:  # results: data, arm, seed, metric, value
     """Pretrain, finetune both arms and test, for each seed; write results.csv, report.html, runs/ and figures/ into `out`.
 
-    Raises ValueError for an unknown data set, FileNotFoundError if the set is not there, FileExistsError if `out` is not empty."""
+    Raises ValueError for an unknown data set, FileNotFoundError if it is not there, FileExistsError if `out` is not empty."""
     dims, own_story = find_story(data, dims)
     story, out, cases = story or own_story, Path(out), load_cases(data, dims)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(f"{out} is not empty: choose another folder for the results")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not empty: choose another folder for the results")
     out.mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
     try:
-        with spawn.Manager() as manager, ProcessPoolExecutor(min(seeds, os.cpu_count()), spawn) as pool:
-            channel = manager.Queue()
-            bars = threading.Thread(target=_show, args=(channel, range(seeds)))
-            bars.start()
-            try:
-                jobs = [pool.submit(_work, data, dims, story, seed, out, channel) for seed in range(seeds)]
-                for job in as_completed(jobs): job.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-                channel.put(None)
-                bars.join()
-        results = pd.DataFrame([row for job in jobs for row in job.result()])
+        results = _run_all(data, dims, story, seeds, out)
         write_whole(out / "results.csv", lambda p: results.to_csv(p, index=False))
         write_report(out, cases, story)
     except BaseException:
-        for made in ("runs", "figures", "results.csv"): shutil.rmtree(out / made, ignore_errors=True) if (out / made).is_dir() else (out / made).unlink(missing_ok=True)
+        shutil.rmtree(out)
         raise
     return results

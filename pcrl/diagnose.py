@@ -1,4 +1,4 @@
-"""Does the network do what it was asked? The same input, every transform asked for in turn, and how far each answer is from the right and from the wrong ones
+"""Does the network do what it was asked? Every transform asked for in turn, and how near each answer is to the right one
 
 Docs: https://pcrl-team.github.io/pcrl/diagnose.html.md"""
 
@@ -21,26 +21,27 @@ def ask_every_transform(
     shown: Tensor,  # what it sees, (B, C, [D,] H, W), [0, 1]
 ) -> Tensor:  # answers, (B, T, C, [D,] H, W), T = 8 or 16, in the order of `distinct_transforms`
     "The model's answer to each distinct transform, the input fixed."
-    training = model.training
+    training, requests = model.training, distinct_transforms(shown.ndim - 2, shown.device)
     model.eval()
-    answers = [model.reconstruct(shown, vec.expand(len(shown), -1)) for vec in distinct_transforms(shown.ndim - 2, shown.device)]
+    answers = [model.reconstruct(shown, vec.expand(len(shown), -1)) for vec in requests]
     model.train(training)
     return torch.stack(answers, 1)
 
-
+# %% ../nbs/11_diagnose.ipynb #880e5f29
 def right_answers(
     clean: Tensor,  # the clean crop of each input, (B, C, [D,] H, W)
 ) -> Tensor:  # (B, T, C, [D,] H, W)
     "What a perfectly obedient model would answer."
-    return torch.stack([apply_transforms(clean, vec.expand(len(clean), -1)) for vec in distinct_transforms(clean.ndim - 2, clean.device)], 1)
+    requests = distinct_transforms(clean.ndim - 2, clean.device)
+    return torch.stack([apply_transforms(clean, vec.expand(len(clean), -1)) for vec in requests], 1)
 
 # %% ../nbs/11_diagnose.ipynb #beb8fbb7
 @torch.no_grad()
 def obedience(
     answers: Tensor,  # from `ask_every_transform`, (B, T, C, [D,] H, W)
-    clean: Tensor,  # (B, C, [D,] H, W)
-) -> dict[str, float]:  # obedience, chance, right, wrong, wrong_over_right; mean, average, untransformed
-    "How well answers follow requests; the last five but one are mean squared errors, `wrong_over_right` is a ratio."
+    clean: Tensor,  # the clean crop of each input, (B, C, [D,] H, W)
+) -> dict[str, float]:  # obedience, chance, wrong_over_right; mean squared errors right, wrong, mean, average, untransformed
+    "How well answers follow requests, and the errors of three answers that do not listen (grey mean, average, untransformed)."
     rights = right_answers(clean)
     mse = lambda a, b: (a - b).square().flatten(a.ndim - rights.ndim + 2).mean(-1)
     to_each = torch.stack([mse(answers, rights[:, j, None]) for j in range(rights.shape[1])], 2)  # asked x target
@@ -65,13 +66,13 @@ def _picture(ax, image: Tensor, title: str = ""):
     ax.imshow(_slice(image), cmap="gray", vmin=0, vmax=1, origin="lower")
     ax.set_title(title, fontsize=7); ax.set_xticks([]); ax.set_yticks([])
 
-
+# %% ../nbs/11_diagnose.ipynb #067dfa54
 def answers_figure(
     model: nn.Module,  # with `reconstruct(images, vec)`
     shown: Tensor,  # one input, (1, C, [D,] H, W)
     clean: Tensor,  # its clean crop, same shape
 ):  # a matplotlib Figure
-    "For one input: every transform asked for, the right answer, the model's answer, and its distances to the right and the wrong ones."
+    "For one input: every request, its right answer, the model's answer, and the distances to right and wrong ones."
     from matplotlib.figure import Figure
     answers, rights = ask_every_transform(model, shown)[0], right_answers(clean)[0]
     names = [transform_name(vec) for vec in distinct_transforms(shown.ndim - 2)]
@@ -82,7 +83,8 @@ def answers_figure(
         wrong = (errors.sum() - errors[i]) / (len(errors) - 1)
         row, col = 2 * (i // 8), i % 8
         _picture(axs[row, col], rights[i], f"asked: {name}")
-        _picture(axs[row + 1, col], answers[i], f"right {errors[i]:.4f}\nwrong {wrong:.4f}\nnearest: {names[errors.argmin()]}")
+        nearest = names[errors.argmin()]
+        _picture(axs[row + 1, col], answers[i], f"right {errors[i]:.4f}\nwrong {wrong:.4f}\nnearest: {nearest}")
     return fig
 
 # %% ../nbs/11_diagnose.ipynb #1c099d04
@@ -90,21 +92,20 @@ def answers_figure(
 def paths_figure(
     model: nn.Module,  # a method with `forward(views)`
     views,  # of one step, from `model.views`
-    rows: int = 2,  # images to show
+    rows: int = 2,  # images to show, one a row
 ):  # a matplotlib Figure
-    "Original, corrupted, target and reconstruction for the ordinary, momentum and hybrid paths; the hybrid path mixes features, so it has no corrupted image of its own."
+    "Original, corrupted (of o and m), target and reconstruction for the ordinary, momentum and hybrid paths."
     from matplotlib.figure import Figure
     training = model.training
     out = model.eval()(views).reconstructions.view(3, -1, *views.clean_o.shape[1:])
     model.train(training)
     targets, mixed = views.targets.view_as(out), mix(views.clean_o, views.clean_m, views.lam)
     rows = min(rows, len(views.clean_o))
+    columns = {"o: clean": views.clean_o, "o: corrupted": views.corrupt_o, "o: target": targets[0], "o: reconstruction": out[0],
+               "m: clean": views.clean_m, "m: corrupted": views.corrupt_m, "m: target": targets[1], "m: reconstruction": out[1],
+               "h: clean": mixed, "h: target": targets[2], "h: reconstruction": out[2]}
     fig = Figure(figsize=(14, 1.6 * rows), dpi=80, layout="constrained")
-    axs = fig.subplots(rows, 11, squeeze=False)
-    for i, row in enumerate(axs):
-        pictures = []
-        for k, (path, clean, seen) in enumerate((("o", views.clean_o, views.corrupt_o), ("m", views.clean_m, views.corrupt_m))):
-            pictures += [(clean[i], f"{path}: clean"), (seen[i], f"{path}: corrupted"), (targets[k, i], f"{path}: target"), (out[k, i], f"{path}: reconstruction")]
-        pictures += [(mixed[i], f"h: clean, λ {views.lam[i]:.2f}"), (targets[2, i], "h: target"), (out[2, i], "h: reconstruction")]
-        for ax, (image, title) in zip(row, pictures): _picture(ax, image, title)
+    for i, row in enumerate(fig.subplots(rows, len(columns), squeeze=False)):
+        for ax, (title, images) in zip(row, columns.items()):
+            _picture(ax, images[i], f"{title}, λ {views.lam[i]:.2f}" if title == "h: clean" else title)
     return fig

@@ -9,9 +9,11 @@ __all__ = ['evaluate_segmentation', 'evaluate_classification', 'finetune']
 
 # %% ../nbs/13a_finetune.ipynb #5f126222
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np, pandas as pd
+from fastai.learner import Learner
 from torch import nn
 
 from .classify import auc_per_label, classify_learner, classify_loaders, predict_probabilities
@@ -21,18 +23,19 @@ from .segment import dice_per_class, predict_mask, segment_learner, segment_load
 
 # %% ../nbs/13a_finetune.ipynb #0ae8959c
 def evaluate_segmentation(
-    model: nn.Module,
+    model: nn.Module,  # images to logits, (B, 1 + classes, [D,] H, W)
     test: Cases,  # task "segment"
-    window: Sequence[int],  # of `predict_mask`
+    window: Sequence[int],  # of `predict_mask`, ([D,] H, W)
 ) -> tuple[dict[str, float], list[np.ndarray]]:  # metrics and masks
     "Dice over the test cases: `dice`, and `dice NAME` for each class."
     masks = [predict_mask(model, image, window) for image in test.images]
     dice = np.array([dice_per_class(mask, truth, len(test.classes)) for mask, truth in zip(masks, test.targets)])
-    return {"dice": np.nanmean(np.nanmean(dice, 1))} | {f"dice {name}": np.nanmean(dice[:, i]) for i, name in enumerate(test.classes)}, masks
+    by_class = {f"dice {name}": np.nanmean(column) for name, column in zip(test.classes, dice.T)}
+    return {"dice": np.nanmean(np.nanmean(dice, 1))} | by_class, masks
 
-
+# %% ../nbs/13a_finetune.ipynb #522b9382
 def evaluate_classification(
-    model: nn.Module,
+    model: nn.Module,  # images to logits, (B, labels)
     test: Cases,  # task "classify"
 ) -> tuple[dict[str, float], np.ndarray]:  # metrics, and probabilities (N, labels)
     "AUC over the test cases: `auc`, and `auc NAME` for each label; nan for a label that all or no cases have."
@@ -40,36 +43,57 @@ def evaluate_classification(
     auc = auc_per_label(test.targets, probabilities)
     return {"auc": np.nanmean(auc)} | {f"auc {name}": a for name, a in zip(test.classes, auc)}, probabilities
 
-# %% ../nbs/13a_finetune.ipynb #bae28690
+# %% ../nbs/13a_finetune.ipynb #183089be
+def _learner(
+    cases: Cases, crop: Sequence[int], bs: int, crops_per_epoch: int, seed: int,
+    init: str | Path | None = None,  # a pretraining run
+    width: int | None = None,  # None: the run's, or 64
+    **settings,  # of `segment_learner` or `classify_learner`
+) -> Learner:
+    "Loaders and learner for the cases' task."
+    width = width or (read_config(init)["width"] if init else 64)
+    data = f"{len(cases.part('train'))} labelled cases of {cases.name}: {cases.note}"
+    settings |= dict(init=init, width=width, seed=seed, data=data)
+    if cases.task == "segment":
+        loaders = segment_loaders(cases, crop, bs, crops_per_epoch, seed=seed)
+        return segment_learner(loaders, cases.classes, **settings)
+    return classify_learner(classify_loaders(cases, bs, seed), cases.classes, **settings)
+
+# %% ../nbs/13a_finetune.ipynb #e3745428
+def _measure(
+    model: nn.Module, test: Cases, crop: Sequence[int],
+    run: str | Path,  # gets a `test.csv`
+) -> tuple[dict[str, float], list | np.ndarray]:
+    "Test figures and predictions for the cases' task."
+    if test.task == "segment": metrics, predictions = evaluate_segmentation(model, test, crop)
+    else: metrics, predictions = evaluate_classification(model, test)
+    table = pd.DataFrame(dict(metric=metrics.keys(), value=metrics.values()))
+    write_whole(Path(run) / "test.csv", lambda p: table.to_csv(p, index=False))
+    return metrics, predictions
+
+# %% ../nbs/13a_finetune.ipynb #ae51fdd4
 def finetune(
     cases: Cases,  # with train, valid and test parts
     run: str | Path,  # folder to write to
     init: str | Path | None = None,  # a pretraining run; None starts from scratch
     width: int | None = None,  # channels of F^1; None: the run's, or the paper's 64 from scratch
-    epochs: int = 50,
-    bs: int = 4,
+    epochs: int = 50,  # the best of them is kept
+    bs: int = 4,  # crops or images in a batch
     lr: float = 1e-4,  # the paper's, for full width; a narrow network wants more
     crop: Sequence[int] | None = None,  # segmentation: ([D,] H, W); None: 64 x 64 x 32 voxels, or 224 x 224 pixels
-    crops_per_epoch: int = 64,  # segmentation
+    crops_per_epoch: int = 64,  # segmentation: spread evenly over the train cases
     seed: int = 0,  # of order, crops and starting weights
     cbs: Sequence = (),  # further fastai callbacks
     bar: bool = True,  # fastai's progress bar and table
 ) -> tuple[dict[str, float], list | np.ndarray]:  # test metrics, and the masks or probabilities of the test cases
-    """Finetune on the cases' train part, keep the best epoch by its valid part, measure on its test part; the metrics also go into the run's `test.csv`.
+    """Finetune on the train part, keep the epoch that is best by the valid part, measure on the test part (also in `test.csv`).
 
     Raises ValueError, FileNotFoundError or FileExistsError where the cases, `init` or `run` do not fit."""
-    if not len(cases.part("test")): raise ValueError(f"{cases.name} has no test cases: mark some in its table, or give more patients")
-    width = width or (read_config(init)["width"] if init else 64)
-    shared = dict(init=init, width=width, lr=lr, seed=seed, run=run, data=f"{len(cases.part('train'))} labelled cases of {cases.name}: {cases.note}")
-    if cases.task == "segment":
-        crop = tuple(crop or ((224, 224) if cases.dims == 2 else (32, 64, 64)))
-        learn = segment_learner(segment_loaders(cases, crop, bs, crops_per_epoch, seed=seed), cases.classes, **shared)
-    else: learn = classify_learner(classify_loaders(cases, bs, seed), cases.classes, **shared)
-    if bar: learn.fit(epochs, cbs=cbs)
-    else:
-        with learn.no_bar(), learn.no_logging(): learn.fit(epochs, cbs=cbs)
-    test = cases.part("test")
-    metrics, predictions = evaluate_segmentation(learn.model, test, crop) if cases.task == "segment" else evaluate_classification(learn.model, test)
-    table = pd.DataFrame(dict(metric=metrics.keys(), value=metrics.values()))
-    write_whole(Path(run) / "test.csv", lambda p: table.to_csv(p, index=False))
-    return metrics, predictions
+    if not len(test := cases.part("test")):
+        raise ValueError(f"{cases.name} has no test cases: mark some in its table, or give more patients")
+    crop = tuple(crop or ((224, 224) if cases.dims == 2 else (32, 64, 64)))
+    learn = _learner(cases, crop, bs, crops_per_epoch, seed, init, width, lr=lr, run=run)
+    with ExitStack() as quiet:
+        if not bar: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
+        learn.fit(epochs, cbs=cbs)
+    return _measure(learn.model, test, crop, run)

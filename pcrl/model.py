@@ -24,46 +24,41 @@ from .unet import UNet
 @dataclass(frozen=True)
 class Recipe:
     "All settings of a pretraining method. The defaults are the paper's, or stand where it is silent."
-    name: str = "paper"
-    # contrast, eqs. 7 and 9
-    tau: float = 0.2  # temperature
-    beta: float = 0.99  # share of the momentum encoder's weights that stays at a step
-    queue_size: int = 16384  # N (the authors' code's); must stay below the number of training crops
+    name: str = "paper"  # under which `get_recipe` finds it
+    tau: float = 0.2  # contrast, eq. 7: temperature
+    beta: float = 0.99  # eq. 9: share of the momentum encoder's weights that stays at a step
+    queue_size: int = 16384  # eq. 7: N (the authors' code's); must stay below the number of training crops
     projection: int = 128  # width of the embedding (the authors' code's)
-    positive_in_denominator: bool = False  # eq. 7 as printed
-    # hybrid encoder, eqs. 5 and 6
-    alpha: float = 1.0  # of Beta(alpha, alpha)
-    lam_per_sample: bool = True  # ours
-    # TransAtt, eqs. 1 to 4
-    transatt_rank: int | None = None  # None for the full W
-    # corruption (the authors' code's probabilities; sigma is ours)
-    p_paint: float = 0.9
-    p_inpaint: float = 0.2
-    p_blur: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # voxels
-    # losses, eq. 8
-    sigmoid_output: bool = True  # images lie in [0, 1] (the authors' code, 3D)
-    contrast_weight: float = 0.5
-    reconstruction_weight: float = 0.5
-    # optimisation
-    lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 0.0
+    positive_in_denominator: bool = False  # False: eq. 7 as printed; True: InfoNCE
+    alpha: float = 1.0  # hybrid encoder, eqs. 5 and 6: of Beta(alpha, alpha)
+    lam_per_sample: bool = True  # False: one mixing weight for the whole batch (per sample is ours)
+    transatt_rank: int | None = None  # TransAtt, eq. 2: None for the full W, r for a W of rank r
+    p_paint: float = 0.9  # corruption: probability of painting (the authors' code's, as the next two)
+    p_inpaint: float = 0.2  # share of inpainting among the painted
+    p_blur: float = 0.5  # probability of blur
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # range of the blur's standard deviation, voxels (ours)
+    sigmoid_output: bool = True  # reconstructions pass a sigmoid, as images lie in [0, 1] (the authors' code, 3D)
+    contrast_weight: float = 0.5  # of L_c in the total loss
+    reconstruction_weight: float = 0.5  # of L_p, eq. 8, in the total loss
+    lr: float = 1e-3  # optimiser: learning rate
+    momentum: float = 0.9  # optimiser: momentum
+    weight_decay: float = 0.0  # optimiser: weight decay
     patience: int = 30  # epochs without a better validation loss before the run stops
 
-# %% ../nbs/09_model.ipynb #d7ba31e1
+# %% ../nbs/09_model.ipynb #492cd14a
 RECIPES = {"paper": Recipe()}
 
 
 def get_recipe(
     recipe: str | Recipe,  # a recipe, or the name of one
     **settings,  # fields to change
-) -> Recipe:
+) -> Recipe:  # a new one
     """The recipe of that name, with some settings changed.
 
     Raises ValueError for a name or a setting that does not exist."""
     if isinstance(recipe, str):
-        if recipe not in RECIPES: raise ValueError(f"there is no recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+        if recipe not in RECIPES:
+            raise ValueError(f"there is no recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
         recipe = RECIPES[recipe]
     if unknown := set(settings) - {f.name for f in fields(Recipe)}:
         raise ValueError(f"a recipe has no setting {', '.join(sorted(unknown))}")
@@ -72,24 +67,31 @@ def get_recipe(
 # %% ../nbs/09_model.ipynb #ba476ab6
 class Branch(nn.Module):
     "An encoder with its TransAtt and its projector."
-    def __init__(self, encoder: nn.Module, transatt: nn.Module, projector: nn.Module):
+    def __init__(self,
+        encoder: nn.Module,  # image to pyramid, from a `UNet`
+        transatt: nn.Module,  # deepest map and vec(T) to a map of the same shape
+        projector: nn.Module,  # that map to the embedding g
+    ):
         super().__init__()
         self.encoder, self.transatt, self.projector = encoder, transatt, projector
 
-    def attend(self, pyramid: list[Tensor], vec: Tensor) -> tuple[list[Tensor], Tensor]:
-        "F^1 .. F^l and vec(T) to the decoder's pyramid F^1 .. F^{l-1}, F^{l+1}, and the embedding g."
+    def attend(self,
+        pyramid: list[Tensor],  # F^1 .. F^l, each (B, C_i, [D_i,] H_i, W_i)
+        vec: Tensor,  # vec(T), (B, 6 or 7)
+    ) -> tuple[list[Tensor], Tensor]:  # the decoder's pyramid F^1 .. F^{l-1}, F^{l+1}; embedding g, (B, dim)
+        "Tell the deepest map which transform is asked for, and project it."
         attended = self.transatt(pyramid[-1], vec)
         return [*pyramid[:-1], attended], self.projector(attended)
 
-# %% ../nbs/09_model.ipynb #c6f20464
+# %% ../nbs/09_model.ipynb #29c49493
 class PCRL(nn.Module):
     """Preservational Contrastive Representation Learning.
 
     Raises ValueError for an unknown recipe or setting, and where `UNet` does."""
     def __init__(self,
         dims: int,  # 2 or 3
-        recipe: str | Recipe = "paper",
-        in_channels: int = 1,
+        recipe: str | Recipe = "paper",  # settings of the method, or their name
+        in_channels: int = 1,  # of the images
         width: int = 64,  # channels of F^1; 64 is the paper's
         **settings,  # of the recipe, to change
     ):
@@ -104,10 +106,11 @@ class PCRL(nn.Module):
         self.momentum = momentum_copy(self.ordinary)
         self.queue = KeyQueue(self.recipe.queue_size, self.recipe.projection)
 
-    @property
-    def encoder(self) -> nn.Module:
-        "What pretraining is for: the ordinary encoder."
-        return self.ordinary.encoder
+# %% ../nbs/09_model.ipynb #862210fe
+@patch(as_prop=True)
+def encoder(self: PCRL) -> nn.Module:
+    "What pretraining is for: the ordinary encoder."
+    return self.ordinary.encoder
 
 # %% ../nbs/09_model.ipynb #84fde2b7
 @patch
@@ -115,23 +118,30 @@ class PCRL(nn.Module):
 def views(self: PCRL,
     crops: Tensor,  # two crops an image, (B, 2, C, [D,] H, W)
     generator: torch.Generator | None = None,  # on the crops' device
-) -> AttrDict:  # clean_o, clean_m, corrupt_o, corrupt_m (B, C, ...); vec_o, vec_m, vec_h (B, 6 or 7); lam (B,); targets (3B, C, ...)
-    "All that one step shows and asks for."
+) -> AttrDict:  # tensors by name, see below
+    """All that one step shows and asks for.
+
+    `clean_o`, `clean_m`, `corrupt_o`, `corrupt_m` (B, C, ...); `vec_o`, `vec_m`, `vec_h` (B, 6 or 7);
+    `lam` (B,); `targets` (3B, C, ...): what the paths o, m and h shall reconstruct."""
     n, r = len(crops), self.recipe
     draw = dict(generator=generator, device=crops.device)
-    clean = apply_transforms(to_unit(crops.transpose(0, 1).flatten(0, 1)), sample_transforms(2 * n, self.dims, **draw))
+    crops = to_unit(crops.transpose(0, 1).flatten(0, 1))  # all o, then all m
+    clean = apply_transforms(crops, sample_transforms(2 * n, self.dims, **draw))
     corrupted = corrupt(clean, r.p_paint, r.p_inpaint, r.p_blur, r.blur_sigma, generator)
     vec, lam = sample_transforms(3 * n, self.dims, **draw), sample_lam(n, r.alpha, r.lam_per_sample, **draw)
-    clean_h = mix(clean[:n], clean[n:], lam)
+    targets = apply_transforms(torch.cat([clean, mix(clean[:n], clean[n:], lam)]), vec)
     return AttrDict(clean_o=clean[:n], clean_m=clean[n:], corrupt_o=corrupted[:n], corrupt_m=corrupted[n:],
-                    vec_o=vec[:n], vec_m=vec[n:2 * n], vec_h=vec[2 * n:], lam=lam, targets=apply_transforms(torch.cat([clean, clean_h]), vec))
+                    vec_o=vec[:n], vec_m=vec[n:2 * n], vec_h=vec[2 * n:], lam=lam, targets=targets)
 
 # %% ../nbs/09_model.ipynb #b5d4f63a
 @patch
 def forward(self: PCRL,
-    views: AttrDict,
-) -> AttrDict:  # reconstructions (3B, C, ...), paths o, m, h one after another; g_o, g_m, g_h (B, dim); features (B, C_l), F_o^l pooled
-    "Encode twice, mix, attend three times, decode once."
+    views: AttrDict,  # from `views`
+) -> AttrDict:  # tensors by name, see below
+    """Encode twice, mix, attend three times, decode once.
+
+    `reconstructions` (3B, C, ...), paths o, m, h one after another; `g_o`, `g_m`, `g_h` (B, dim);
+    `features` (B, C_l): F_o^l pooled, without gradient."""
     pyramid_o = self.ordinary.encoder(views.corrupt_o)
     with torch.no_grad():
         pyramid_m = self.momentum.encoder(views.corrupt_m)
@@ -156,23 +166,25 @@ def reconstruct(self: PCRL,
 # %% ../nbs/09_model.ipynb #a8718fcc
 @patch
 def loss(self: PCRL,
-    outputs: AttrDict,
-    views: AttrDict,
+    outputs: AttrDict,  # from `forward`
+    views: AttrDict,  # that gave them
 ) -> AttrDict:  # scalars: loss, contrast (L_c), reconstruction (L_p), and L_p's terms reconstruction_o, _m, _h
     "Eqs. 7 and 8 and their weighted sum, in float32. The contrast is 0 until the queue has keys."
     r, keys = self.recipe, self.queue.keys
-    contrast = nce_loss(outputs.g_o, outputs.g_m, keys, r.tau, r.positive_in_denominator) if len(keys) else outputs.g_o.sum() * 0
+    contrast = outputs.g_o.sum() * 0
+    if len(keys): contrast = nce_loss(outputs.g_o, outputs.g_m, keys, r.tau, r.positive_in_denominator)
     squared = (outputs.reconstructions.float() - views.targets).square()
     o, m, h = squared.view(3, -1).mean(1)
     reconstruction = o + m + h
-    return AttrDict(loss=r.contrast_weight * contrast + r.reconstruction_weight * reconstruction, contrast=contrast, reconstruction=reconstruction,
+    total = r.contrast_weight * contrast + r.reconstruction_weight * reconstruction
+    return AttrDict(loss=total, contrast=contrast, reconstruction=reconstruction,
                     reconstruction_o=o, reconstruction_m=m, reconstruction_h=h)
 
 # %% ../nbs/09_model.ipynb #eef7de1f
 @patch
 @torch.no_grad()
 def finish_step(self: PCRL,
-    outputs: AttrDict,
+    outputs: AttrDict,  # from `forward`
 ):
     "What the method does once the optimiser has moved the weights."
     ema_update_(self.momentum, self.ordinary, self.recipe.beta)
@@ -182,7 +194,7 @@ def finish_step(self: PCRL,
 @patch
 @torch.no_grad()
 def monitors(self: PCRL,
-    outputs: AttrDict,
+    outputs: AttrDict,  # from `forward`
 ) -> AttrDict:  # scalars: positive, negative, logit_gap, batch_gap (cosines), rank
     "The figures that show a collapse: see `logit_stats` and `effective_rank`."
     return AttrDict(logit_stats(outputs.g_o, outputs.g_m, self.queue.keys), rank=effective_rank(outputs.features))

@@ -37,7 +37,8 @@ def paired_difference(
     from scipy import stats
     of = results[results.metric == metric].set_index("seed")
     a, b = (of[of.arm == name].value.sort_index() for name in (arm, baseline))
-    if not len(a) or not a.index.equals(b.index): raise ValueError(f"{arm} and {baseline} do not have the same seeds of {metric}: {list(a.index)} and {list(b.index)}")
+    if not len(a) or not a.index.equals(b.index):
+        raise ValueError(f"{arm} and {baseline} do not have the same seeds of {metric}: {list(a.index)} and {list(b.index)}")
     difference = a - b
     if len(difference) < 2: return dict(mean=difference.mean(), low=np.nan, high=np.nan, p=np.nan, seeds=len(difference))
     test = stats.ttest_rel(a, b)
@@ -53,10 +54,11 @@ def verdict(
 ) -> str:  # a sentence
     "The paired difference in plain words."
     d = paired_difference(results, metric, arm, baseline)
-    if d["seeds"] < 2: return f"{arm} minus {baseline}: {d['mean']:+.3f} {metric} with one seed, which shows nothing about the spread."
+    difference = f"{arm} minus {baseline}: {d['mean']:+.3f} {metric}"
+    if d["seeds"] < 2: return f"{difference} with one seed, which shows nothing about the spread."
     finding = "no difference is shown" if d["low"] <= 0 <= d["high"] else f"{arm} is {'better' if d['mean'] > 0 else 'worse'}"
-    return (f"{arm} minus {baseline}: {d['mean']:+.3f} {metric} (95 % interval {d['low']:+.3f} to {d['high']:+.3f}, paired t-test p = {d['p']:.3f}, "
-            f"{d['seeds']} seeds): {finding} at this size.")
+    test = f"95 % interval {d['low']:+.3f} to {d['high']:+.3f}, paired t-test p = {d['p']:.3f}, {d['seeds']} seeds"
+    return f"{difference} ({test}): {finding} at this size."
 
 # %% ../nbs/18_report.ipynb #beec1ac9
 def comparison_figure(
@@ -84,7 +86,8 @@ def figure_html(
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         png = buffer.getvalue()
-    return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    source, caption = f"data:image/png;base64,{base64.b64encode(png).decode()}", html.escape(caption)
+    return f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
 
 
 def table_html(
@@ -95,8 +98,10 @@ def table_html(
 
 # %% ../nbs/18_report.ipynb #e3cc72f7
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}
-h1{margin-bottom:.2rem} h2{margin-top:2.2rem;border-bottom:1px solid #ddd} .note{background:#fff6dd;border-left:4px solid #e0a800;padding:.6rem 1rem}
-img{max-width:100%} figure{margin:1rem 0} figcaption{color:#555;font-size:.9rem} table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
+h1{margin-bottom:.2rem} h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
+.note{background:#fff6dd;border-left:4px solid #e0a800;padding:.6rem 1rem}
+img{max-width:100%} figure{margin:1rem 0} figcaption{color:#555;font-size:.9rem}
+table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto;margin:1rem 0}
 .row{display:flex;flex-wrap:wrap;gap:1rem} .row figure{flex:0 1 auto;margin:0}
 td,th{padding:.25rem .7rem;border-bottom:1px solid #eee;text-align:right} td:first-child,th:first-child{text-align:left}"""
 
@@ -107,8 +112,10 @@ def write_page(
     sections: dict[str, list[str]],  # heading to pieces of HTML; text goes through `paragraph`
 ) -> Path:  # `path`
     "One self-contained HTML page, written whole or not at all."
-    body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n" * bool(heading) + "\n".join(pieces) for heading, pieces in sections.items())
-    page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>\n<style>{STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n'
+    title, lines = html.escape(title), []
+    for heading, pieces in sections.items(): lines += [f"<h2>{html.escape(heading)}</h2>"] * bool(heading) + pieces
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>\n<style>{STYLE}</style>'
+    page = "\n".join(["<!doctype html>", f'<html lang="en"><head>{head}</head>', f"<body><h1>{title}</h1>", *lines, "</body></html>\n"])
     write_whole(Path(path), lambda p: p.write_text(page, encoding="utf-8"))
     return Path(path)
 

@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/runs.html.md"""
 
 # %% auto #0
 __all__ = ['CURVES', 'FiniteLoss', 'CosineDecay', 'EpochFigures', 'plot_log', 'KeepBest', 'write_whole', 'model_card',
-           'RunFolder', 'resume', 'read_config', 'load_weights_', 'load_unet', 'LossWithFigures', 'finetune_learner']
+           'RunFolder', 'read_config', 'resume', 'load_weights_', 'load_unet', 'LossWithFigures', 'finetune_learner']
 
 # %% ../nbs/09a_runs.ipynb #b255cc43
 import csv, json, math, os, platform, time
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import fastai, fastai.callback.progress, torch  # importing fastai.callback.progress gives every Learner its bar
 from fastai.callback.core import Callback, CancelFitException
+from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -33,7 +34,8 @@ class FiniteLoss(Callback):
     order = 15
     def after_loss(self):
         if not torch.isfinite(self.loss):
-            raise FloatingPointError(f"the loss is {self.loss.item()} in epoch {self.epoch}, batch {self.iter}: lower the learning rate (now {self.opt.hypers[-1]['lr']:g})")
+            lr = self.opt.hypers[-1]["lr"]
+            raise FloatingPointError(f"the loss is {self.loss.item()} in epoch {self.epoch}, batch {self.iter}: lower the learning rate (now {lr:g})")
 
 # %% ../nbs/09a_runs.ipynb #04be4434
 class CosineDecay(Callback):
@@ -77,7 +79,8 @@ class EpochFigures(Callback):
 
 # %% ../nbs/09a_runs.ipynb #e949306e
 CURVES = {"loss": ["loss"], "contrast $L_c$": ["contrast"], "reconstruction $L_p$": ["reconstruction"],
-          "cosine of logits": ["positive", "negative"], "logit gap (cosine)": ["logit_gap", "batch_gap"], "effective rank": ["rank"]}
+          "cosine of logits": ["positive", "negative"], "logit gap (cosine)": ["logit_gap", "batch_gap"],
+          "effective rank": ["rank"]}
 
 
 def plot_log(
@@ -90,19 +93,22 @@ def plot_log(
     for ax, (title, names) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for i, name in enumerate(names):
             for part, style in (("train", "-"), ("valid", "--")):
-                ax.plot(log.epoch, log[f"{part}_{name}"], style, color=f"C{i}", label=f"{name}, {part}" if len(names) > 1 else part)
+                label = f"{name}, {part}" if len(names) > 1 else part
+                ax.plot(log.epoch, log[f"{part}_{name}"], style, color=f"C{i}", label=label)
         ax.set_title(title, fontsize=9); ax.set_xlabel("epoch", fontsize=8); ax.tick_params(labelsize=7); ax.legend(fontsize=6)
     return fig
 
 # %% ../nbs/09a_runs.ipynb #1c70e051
 class KeepBest(Callback):
-    "Remember the parts of the epoch with the lowest validation loss, in `weights`; stop after `patience` epochs without a lower one."
+    "Remember in `weights` the parts of the epoch with the lowest validation loss; stop after `patience` epochs without a lower one."
     order = 30
     def __init__(self,
         parts: tuple[str, ...] = ("encoder", "decoder"),  # names of the model's parts that make the result
         patience: int | None = None,  # epochs; None never stops
-        restore: bool = True,  # put the best back into the model at the end; where the parts are not all of it, that would mix two epochs
-    ): self.parts, self.patience, self.restore, self.best, self.bad_epochs, self.weights = parts, patience, restore, math.inf, 0, {}
+        restore: bool = True,  # put the best back into the model at the end; if the parts are not all of it, that mixes two epochs
+    ):
+        self.parts, self.patience, self.restore = parts, patience, restore
+        self.best, self.bad_epochs, self.weights = math.inf, 0, {}
 
     def after_validate(self):
         loss = self.epoch_figures.last("valid_loss")
@@ -114,7 +120,7 @@ class KeepBest(Callback):
 
     def after_epoch(self):
         if self.patience is not None and self.bad_epochs >= self.patience:
-            print(f"stopped after epoch {self.epoch}: the validation loss has not improved on {self.best:.4f} for {self.patience} epochs")
+            print(f"stopped after epoch {self.epoch}: no validation loss below {self.best:.4f} for {self.patience} epochs")
             raise CancelFitException()
 
     def after_fit(self):
@@ -126,7 +132,7 @@ def write_whole(
     path: Path,  # where the file shall be
     save: Callable,  # writes it to the path that it is given
 ):
-    "Let `save` write a file next to `path`, then put it in place in one move; if it fails, the old file stays and nothing half-written is left."
+    "Let `save` write a file next to `path`, then put it in place in one move. If it fails, the old file stays and nothing else is left."
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -141,12 +147,14 @@ def model_card(
     rows: list[dict],  # of its log
 ) -> str:  # Markdown
     "A run's settings and its last figures, for whoever is handed its weights."
-    flat = {k: v for k, v in config.items() if not isinstance(v, dict)} | {f"{k}: {n}": v for k, d in config.items() if isinstance(d, dict) for n, v in d.items()}
+    flat = {k: v for k, v in config.items() if not isinstance(v, dict)}
+    flat |= {f"{k}: {name}": v for k, group in config.items() if isinstance(group, dict) for name, v in group.items()}
     best = min(rows, key=lambda row: row["valid_loss"])
-    table = lambda d: "\n".join(f"| {k} | {v} |" for k, v in d.items())
-    return "\n\n".join([f"# {config['title']}", "Research use only; not for diagnosis.",
-        f"{len(rows)} of {config['epochs']} epochs were run; the weights are those of epoch {best['epoch']}, which had the lowest validation loss. Curves: `figures/log.png`.",
-        f"| setting | value |\n|---|---|\n{table(flat)}", f"| figure | in epoch {best['epoch']} |\n|---|---|\n{table(best)}"]) + "\n"
+    table = lambda head, d: "\n".join([f"| {head} | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in d.items())])
+    origin = (f"{len(rows)} of {config['epochs']} epochs were run; the weights are those of epoch {best['epoch']}, "
+              "which had the lowest validation loss. Curves: `figures/log.png`.")
+    return "\n\n".join([f"# {config['title']}", "Research use only; not for diagnosis.", origin, table("setting", flat),
+                        table(f"figure in epoch {best['epoch']}", best)]) + "\n"
 
 # %% ../nbs/09a_runs.ipynb #c176d5e9
 class RunFolder(Callback):
@@ -168,30 +176,39 @@ class RunFolder(Callback):
         self.settings |= dict(epochs=self.n_epoch, lr=[h["lr"] for h in self.opt.hypers])
         write_whole(self.path / "config.json", lambda p: p.write_text(json.dumps(self.settings, indent=1)))
 
-    def after_validate(self):
-        write_whole(self.path / "log.csv", self._write_log)
-        if self.keep_best.improved:
-            for part, weights in self.keep_best.weights.items():
-                write_whole(self.path / f"{part}.safetensors", lambda p: save_file(weights, p, dict(title=self.settings["title"], epoch=str(self.epoch))))
-        _save_state(self.learn, self.path / "resume")
+# %% ../nbs/09a_runs.ipynb #3998292f
+@patch
+def after_validate(self: RunFolder):
+    "Write what an epoch gave."
+    write_whole(self.path / "log.csv", lambda p: _write_rows(self.epoch_figures.rows, p))
+    if self.keep_best.improved:
+        metadata = dict(title=self.settings["title"], epoch=str(self.epoch))
+        for part, weights in self.keep_best.weights.items():
+            write_whole(self.path / f"{part}.safetensors", lambda p: save_file(weights, p, metadata))
+    _save_state(self.learn, self.path / "resume")
 
-    def _write_log(self, path):
-        columns = dict.fromkeys(name for row in self.epoch_figures.rows for name in row)
-        with open(path, "w", newline="") as f:
-            writer = csv.DictWriter(f, columns)
-            writer.writeheader(); writer.writerows(self.epoch_figures.rows)
 
-    def after_fit(self):
-        import pandas as pd
-        rows = self.epoch_figures.rows
-        write_whole(self.path / "figures" / "log.png", lambda p: plot_log(pd.DataFrame(rows)).savefig(p, format="png"))
-        write_whole(self.path / "card.md", lambda p: p.write_text(model_card(self.settings, rows)))
+def _write_rows(rows: list[dict], path: Path):
+    "A CSV file with a column for each name that any row has."
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, dict.fromkeys(name for row in rows for name in row))
+        writer.writeheader(); writer.writerows(rows)
+
+
+@patch
+def after_fit(self: RunFolder):
+    "Draw the curves and write the model card."
+    import pandas as pd
+    rows = self.epoch_figures.rows
+    write_whole(self.path / "figures" / "log.png", lambda p: plot_log(pd.DataFrame(rows)).savefig(p, format="png"))
+    write_whole(self.path / "card.md", lambda p: p.write_text(model_card(self.settings, rows)))
 
 # %% ../nbs/09a_runs.ipynb #75c7c861
 def _save_state(learn: Learner, folder: Path):
     "All that is needed to go on after this epoch."
     tensors = {f"model.{k}": v.contiguous() for k, v in learn.model.state_dict().items()}
-    for i, state in learn.opt.opt.state_dict()["state"].items(): tensors |= {f"optimizer.{i}.{k}": v.contiguous() for k, v in state.items() if v is not None}
+    for i, state in learn.opt.opt.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": v.contiguous() for k, v in state.items() if v is not None}
     name, best = f"epoch-{learn.epoch}.safetensors", learn.keep_best
     write_whole(folder / name, lambda p: save_file(tensors, p))
     state = dict(tensors=name, epoch=learn.epoch, best=best.best, bad_epochs=best.bad_epochs, rows=learn.epoch_figures.rows)
@@ -199,31 +216,7 @@ def _save_state(learn: Learner, folder: Path):
     for old in folder.glob("epoch-*.safetensors"):
         if old.name != name: old.unlink()
 
-
-def resume(
-    learn: Learner,  # with a `RunFolder`, made with the same arguments as the run was
-) -> int:  # the epoch to start with: `learn.fit(epochs, lr, start_epoch=...)`
-    """Bring a learner to the state in which the last whole epoch of its run left it.
-
-    Raises FileNotFoundError if there is no run to continue, ValueError if it was made with other settings."""
-    run = learn.run_folder
-    if not (run.path / "resume" / "state.json").exists(): raise FileNotFoundError(f"{run.path} has no run to continue: there is no resume/state.json")
-    before = read_config(run.path)
-    if changed := [k for k, v in run.settings.items() if k in before and k != "versions" and before[k] != v]:
-        raise ValueError(f"{run.path} was run with another {', '.join(changed)}: continue it with the settings in its config.json")
-    state = json.loads((run.path / "resume" / "state.json").read_text())
-    tensors, of_optimizer = load_file(run.path / "resume" / state["tensors"]), defaultdict(dict)
-    for k, v in tensors.items():
-        if k.startswith("optimizer."): of_optimizer[int(k.split(".")[1])][k.split(".", 2)[2]] = v
-    learn.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    learn.create_opt()
-    learn.opt.opt.load_state_dict(learn.opt.opt.state_dict() | dict(state=dict(of_optimizer)))
-    learn.epoch_figures.rows, best = state["rows"], learn.keep_best
-    best.best, best.bad_epochs, best.weights = state["best"], state["bad_epochs"], {part: load_file(run.path / f"{part}.safetensors") for part in best.parts}
-    run.resumed = True
-    return state["epoch"] + 1
-
-
+# %% ../nbs/09a_runs.ipynb #93a9d6c5
 def read_config(
     run: str | Path,  # a run folder
 ) -> dict:
@@ -233,6 +226,36 @@ def read_config(
     path = Path(run) / "config.json"
     if not path.exists(): raise FileNotFoundError(f"{run} is not a run folder: it has no config.json")
     return json.loads(path.read_text())
+
+
+def _check_continues(run: RunFolder):
+    "Refuse a folder without a run, and one that was run with other settings."
+    if not (run.path / "resume" / "state.json").exists():
+        raise FileNotFoundError(f"{run.path} has no run to continue: there is no resume/state.json")
+    before = read_config(run.path)
+    if changed := [k for k, v in run.settings.items() if k in before and k != "versions" and before[k] != v]:
+        raise ValueError(f"{run.path} was run with another {', '.join(changed)}: continue it with the settings in its config.json")
+
+# %% ../nbs/09a_runs.ipynb #9b728872
+def resume(
+    learn: Learner,  # with a `RunFolder`, made with the same arguments as the run was
+) -> int:  # the epoch to start with: `learn.fit(epochs, lr, start_epoch=...)`
+    """Bring a learner to the state in which the last whole epoch of its run left it.
+
+    Raises FileNotFoundError if there is no run to continue, ValueError if it was made with other settings."""
+    run, best = learn.run_folder, learn.keep_best
+    _check_continues(run)
+    state = json.loads((run.path / "resume" / "state.json").read_text())
+    tensors, of_optimizer = load_file(run.path / "resume" / state["tensors"]), defaultdict(dict)
+    for k, v in tensors.items():
+        if k.startswith("optimizer."): of_optimizer[int(k.split(".")[1])][k.split(".", 2)[2]] = v
+    learn.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    learn.create_opt()
+    learn.opt.opt.load_state_dict(learn.opt.opt.state_dict() | dict(state=dict(of_optimizer)))
+    learn.epoch_figures.rows, best.best, best.bad_epochs = state["rows"], state["best"], state["bad_epochs"]
+    best.weights = {part: load_file(run.path / f"{part}.safetensors") for part in best.parts}
+    run.resumed = True
+    return state["epoch"] + 1
 
 # %% ../nbs/09a_runs.ipynb #83f380b0
 def load_weights_(
@@ -246,7 +269,8 @@ def load_weights_(
     theirs, ours = ({k: get(k) for k in ("dims", "in_channels", "width")} for get in (config.get, partial(getattr, net)))
     if theirs != ours: raise ValueError(f"{run} has a network of {theirs}, but {ours} is asked for: choose the run's own")
     for part in ("encoder", "decoder"):
-        if not (run / f"{part}.safetensors").exists(): raise FileNotFoundError(f"{run} has no {part}.safetensors: it has no decoder, or its first epoch did not end yet")
+        if not (run / f"{part}.safetensors").exists():
+            raise FileNotFoundError(f"{run} has no {part}.safetensors: it has no decoder, or its first epoch did not end yet")
         weights, module = load_file(run / f"{part}.safetensors"), getattr(net, part)
         own = module.state_dict()
         fits = {k: v for k, v in weights.items() if not (k.startswith("head.") and own[k].shape != v.shape)}
@@ -286,4 +310,5 @@ def finetune_learner(
     "A Learner with Adam, warm-up and cosine, that keeps the epoch with the best validation loss."
     cbs = [FiniteLoss(), CosineDecay(warmup=0.1), EpochFigures(), KeepBest(parts)]
     if run is not None: cbs.append(RunFolder(run, settings))
-    return Learner(dls, model, loss_func=LossWithFigures(loss), opt_func=partial(OptimWrapper, opt=torch.optim.Adam), lr=lr, cbs=cbs)
+    adam = partial(OptimWrapper, opt=torch.optim.Adam)
+    return Learner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, cbs=cbs)

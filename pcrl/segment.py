@@ -25,6 +25,20 @@ from .transforms import to_unit
 from .unet import UNet
 
 # %% ../nbs/13_segment.ipynb #a8e9f141
+def _crop_box(
+    mask: np.ndarray,  # ([D,] H, W)
+    size: Sequence[int],  # of the crop, ([D,] H, W)
+    foreground: float,  # probability that it is centred on a voxel of foreground
+    rng: np.random.Generator,
+) -> tuple[slice, ...]:  # reaches over the end of an axis that is shorter than the crop
+    "Where to cut."
+    low, high = np.zeros(mask.ndim, int), np.maximum(np.subtract(mask.shape, size), 0)
+    start = rng.integers(low, high + 1)
+    if rng.random() < foreground and len(voxels := np.argwhere(mask)):
+        start = np.clip(voxels[rng.integers(len(voxels))] - np.array(size) // 2, low, high)
+    return tuple(slice(s, s + n) for s, n in zip(start, size))
+
+# %% ../nbs/13_segment.ipynb #c1592e99
 class LabelledCrops:
     "Random crops of images and masks; `crops[epoch, index]` is (image (C, [D,] H, W) in [0, 1], mask ([D,] H, W))."
     def __init__(self,
@@ -32,9 +46,10 @@ class LabelledCrops:
         size: Sequence[int],  # of a crop, ([D,] H, W)
         crops_per_case: int = 1,  # in an epoch
         foreground: float = 0.5,  # share of crops centred on a voxel of foreground
-        seed: int = 0,
+        seed: int = 0,  # of the crops and of the order in which a loader takes them
     ):
-        self.cases, self.size, self.crops_per_case, self.foreground, self.seed = cases, tuple(size), crops_per_case, foreground, seed
+        self.cases, self.size, self.crops_per_case = cases, tuple(size), crops_per_case
+        self.foreground, self.seed = foreground, seed
 
     def __len__(self): return len(self.cases) * self.crops_per_case
 
@@ -42,19 +57,16 @@ class LabelledCrops:
         epoch, index = key
         rng, case = np.random.default_rng([self.seed, epoch, index]), index // self.crops_per_case
         image, mask = self.cases.images[case], self.cases.targets[case]
-        low, high = np.zeros(mask.ndim, int), np.maximum(np.subtract(mask.shape, self.size), 0)
-        start = rng.integers(low, high + 1)
-        if rng.random() < self.foreground and len(voxels := np.argwhere(mask)):
-            start = np.clip(voxels[rng.integers(len(voxels))] - np.array(self.size) // 2, low, high)
-        box = tuple(slice(s, s + n) for s, n in zip(start, self.size))
-        pad = [p for have, want in zip(mask[box].shape[::-1], self.size[::-1]) for p in (0, want - have)]
-        return F.pad(to_unit(torch.from_numpy(np.array(image[:, *box]))), pad), F.pad(torch.from_numpy(mask[box].astype(np.int64)), pad)
+        box = _crop_box(mask, self.size, self.foreground, rng)
+        image, mask = to_unit(torch.from_numpy(np.array(image[:, *box]))), torch.from_numpy(mask[box].astype(np.int64))
+        pad = [p for have, want in zip(mask.shape[::-1], self.size[::-1]) for p in (0, want - have)]
+        return F.pad(image, pad), F.pad(mask, pad)
 
-# %% ../nbs/13_segment.ipynb #40ad437e
+# %% ../nbs/13_segment.ipynb #1cff66fc
 def segment_loaders(
     cases: Cases,  # with a "train" and a "valid" part; task "segment"
     size: Sequence[int],  # of a crop, ([D,] H, W)
-    bs: int = 4,
+    bs: int = 4,  # crops in a batch
     crops_per_epoch: int = 64,  # spread evenly over the train cases: few cases give many crops each
     foreground: float = 0.5,  # share of crops centred on a voxel of foreground
     seed: int = 0,  # of crops and order
@@ -64,22 +76,25 @@ def segment_loaders(
 
     Raises ValueError if a part is empty."""
     train, valid = cases.part("train"), cases.part("valid")
-    if not len(train) or not len(valid): raise ValueError(f"{cases.name} has {len(train)} train and {len(valid)} valid cases: finetuning needs 1 of each at least")
+    if not len(train) or not len(valid):
+        raise ValueError(f"{cases.name} has {len(train)} train and {len(valid)} valid cases: finetuning needs 1 of each at least")
     share = lambda n, part: max(1, n // len(part))
     train = LabelledCrops(train, size, share(crops_per_epoch, train), foreground, seed)
     valid = LabelledCrops(valid, size, share(crops_per_epoch // 2, valid), foreground, seed)
-    return DataLoaders(LabelledLoader(train, bs=min(bs, len(train)), shuffle=True, drop_last=True), LabelledLoader(valid, bs=bs), device=device or default_device())
+    shuffled = LabelledLoader(train, bs=min(bs, len(train)), shuffle=True, drop_last=True)
+    return DataLoaders(shuffled, LabelledLoader(valid, bs=bs), device=device or default_device())
 
 # %% ../nbs/13_segment.ipynb #b76befb4
 def dice_loss(
     logits: Tensor,  # (B, 1 + classes, [D,] H, W); channel 0 is background
     mask: Tensor,  # (B, [D,] H, W), integers
-    smooth: float = 1e-5,
+    smooth: float = 1e-5,  # added to numerator and denominator, voxels
 ) -> Tensor:  # scalar, 0 .. 1
     "1 - Dice of softmax and mask, background left out (Milletari et al. 2016, without squares)."
     probability = logits.float().softmax(1)[:, 1:].flatten(2)
     truth = F.one_hot(mask, logits.shape[1]).movedim(-1, 1)[:, 1:].flatten(2).float()
-    return 1 - ((2 * (probability * truth).sum(2) + smooth) / (probability.sum(2) + truth.sum(2) + smooth)).mean()
+    overlap, sizes = (probability * truth).sum(2), probability.sum(2) + truth.sum(2)
+    return 1 - ((2 * overlap + smooth) / (sizes + smooth)).mean()
 
 # %% ../nbs/13_segment.ipynb #0f9c1d9a
 def segment_learner(
@@ -91,7 +106,7 @@ def segment_learner(
     seed: int = 0,  # of the starting weights
     run: str | Path | None = None,  # folder to write to; None writes nothing
     data: str = "not stated",  # what is learned from, for the model card
-) -> Learner:
+) -> Learner:  # ready for `fit`
     """A Learner that finetunes the whole U-Net to masks.
 
     Raises FileNotFoundError if `init` is not a run, ValueError if its network is another one."""
@@ -100,18 +115,19 @@ def segment_learner(
     model = UNet(len(size), channels, width, out_channels=1 + len(classes))
     if init is not None: load_weights_(model, init)
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[len(size) - 2])
-    settings = dict(title=f"segmentation of {', '.join(classes)}", task="segment", dims=len(size), in_channels=channels, width=width, out_channels=1 + len(classes),
-                    classes=classes, size=size, init=str(init or "scratch"), data=data, seed=seed, batch_size=dls.train.bs)
+    settings = dict(title=f"segmentation of {', '.join(classes)}", task="segment", dims=len(size), in_channels=channels,
+                    width=width, out_channels=1 + len(classes), classes=classes, size=size, init=str(init or "scratch"),
+                    data=data, seed=seed, batch_size=dls.train.bs)
     return finetune_learner(dls, model, dice_loss, ("encoder", "decoder"), lr, run, settings)
 
 # %% ../nbs/13_segment.ipynb #8da4ac6b
 @torch.no_grad()
 def predict_mask(
-    model: nn.Module,
+    model: nn.Module,  # images to logits; left in evaluation mode
     image: np.ndarray,  # (C, [D,] H, W), uint8 or float [0, 1], any size
     size: Sequence[int],  # of the window: the crops' in training
-    overlap: float = 0.25,  # of neighbouring windows
-) -> np.ndarray:  # ([D,] H, W), uint8
+    overlap: float = 0.25,  # of neighbouring windows, share of a window's side
+) -> np.ndarray:  # ([D,] H, W), uint8; 0 is background
     "The class of every voxel."
     from monai.inferers import sliding_window_inference
     device, model = next(model.parameters()).device, model.eval()
@@ -130,10 +146,10 @@ def dice_per_class(
     one_hot = lambda m: F.one_hot(torch.from_numpy(np.asarray(m, np.int64)), n_classes + 1).movedim(-1, 0)[None]
     return compute_dice(one_hot(prediction), one_hot(truth), include_background=False)[0].numpy()
 
-# %% ../nbs/13_segment.ipynb #ca4ea37f
+# %% ../nbs/13_segment.ipynb #0def2475
 def overlay_figure(
     images: list,  # arrays (C, [D,] H, W)
-    masks: dict[str, list],  # title to masks, one per image: the truth and each arm's prediction
+    masks: dict[str, list],  # title to masks ([D,] H, W), one per image: the truth and each arm's prediction
 ):  # a matplotlib Figure
     "For each image, its middle slice, and beside it every set of masks drawn over it."
     from matplotlib.figure import Figure
@@ -142,6 +158,9 @@ def overlay_figure(
     top = max(int(m.max()) for column in masks.values() for m in column)
     for i, row in enumerate(fig.subplots(len(images), 1 + len(masks), squeeze=False)):
         for ax, title, mask in zip(row, ["image", *masks], [None, *(column[i] for column in masks.values())]):
-            ax.imshow(cut(images[i][0]), cmap="gray", origin="lower"); ax.set_title(title, fontsize=7); ax.set_xticks([]); ax.set_yticks([])
-            if mask is not None: ax.imshow(np.ma.masked_equal(cut(mask), 0), alpha=0.5, vmin=1, vmax=max(top, 2), origin="lower", interpolation="nearest")
+            ax.imshow(cut(images[i][0]), cmap="gray", origin="lower")
+            ax.set_title(title, fontsize=7); ax.set_xticks([]); ax.set_yticks([])
+            if mask is None: continue
+            painted = np.ma.masked_equal(cut(mask), 0)
+            ax.imshow(painted, alpha=0.5, vmin=1, vmax=max(top, 2), origin="lower", interpolation="nearest")
     return fig

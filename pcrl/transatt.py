@@ -8,8 +8,6 @@ Docs: https://pcrl-team.github.io/pcrl/transatt.html.md"""
 __all__ = ['OuterProductLinear', 'FactoredOuterLinear', 'TransAtt']
 
 # %% ../nbs/06_transatt.ipynb #69e66316
-from math import sqrt
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,23 +15,36 @@ from torch import Tensor, nn
 # %% ../nbs/06_transatt.ipynb #90ae0433
 class OuterProductLinear(nn.Module):
     "Eq. 1 and the product in eq. 2: W flat(f^p ⊗ f^l) as a bilinear form, with the full W of C x C^2 weights."
-    def __init__(self, channels: int):
+    def __init__(self,
+        channels: int,  # C, of f^p, of f^l and of the result
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, channels, channels))  # k, i, j
         nn.init.uniform_(self.weight, -1 / channels, 1 / channels)  # torch's default for a linear layer with C^2 inputs
 
-    def forward(self, f_p: Tensor, f_l: Tensor) -> Tensor:  # (B, C), (B, C) -> (B, C)
+    def forward(self,
+        f_p: Tensor,  # embedded transform, (B, C)
+        f_l: Tensor,  # pooled features, (B, C)
+    ) -> Tensor:  # f^q before its ReLU, (B, C)
         over_j = F.linear(f_l, self.weight.flatten(0, 1)).view(len(f_l), *self.weight.shape[:2])
         return torch.bmm(over_j, f_p[..., None])[..., 0]
 
 # %% ../nbs/06_transatt.ipynb #2fee91ab
 class FactoredOuterLinear(nn.Module):
     "The same bilinear form with W of rank r: U (A f^p * B f^l)."
-    def __init__(self, channels: int, rank: int):
+    def __init__(self,
+        channels: int,  # C, of f^p, of f^l and of the result
+        rank: int,  # r, how many products are summed
+    ):
         super().__init__()
-        self.A, self.B, self.U = nn.Linear(channels, rank, bias=False), nn.Linear(channels, rank, bias=False), nn.Linear(rank, channels, bias=False)
+        self.A = nn.Linear(channels, rank, bias=False)
+        self.B = nn.Linear(channels, rank, bias=False)
+        self.U = nn.Linear(rank, channels, bias=False)
 
-    def forward(self, f_p: Tensor, f_l: Tensor) -> Tensor:  # (B, C), (B, C) -> (B, C)
+    def forward(self,
+        f_p: Tensor,  # embedded transform, (B, C)
+        f_l: Tensor,  # pooled features, (B, C)
+    ) -> Tensor:  # f^q before its ReLU, (B, C)
         return self.U(self.A(f_p) * self.B(f_l))
 
 # %% ../nbs/06_transatt.ipynb #3fee6a8d
@@ -51,7 +62,10 @@ class TransAtt(nn.Module):
         self.outer = OuterProductLinear(channels) if rank is None else FactoredOuterLinear(channels, rank)
         self.conv = (nn.Conv2d, nn.Conv3d)[dims - 2](channels, channels, 3, padding=1)
 
-    def gate(self, features: Tensor, vec: Tensor) -> Tensor:  # F^l and vec(T) -> f^w, (B, C)
+    def gate(self,
+        features: Tensor,  # F^l, (B, C, [D,] H, W)
+        vec: Tensor,  # vec(T), (B, n_indicators)
+    ) -> Tensor:  # f^w, (B, C), 0.5 .. 1
         "Eqs. 1-3: the weight of each channel."
         f_p, f_l = self.embed(vec), features.flatten(2).mean(2)
         return torch.sigmoid(F.relu(self.outer(f_p, f_l)))

@@ -1,4 +1,4 @@
-"""Flips and turns with the vector that names them, painting and blur: everything that is done to a crop, on whole batches and on their device
+"""Flips and turns with the vector that names them, painting and blur: all that is done to a crop, for whole batches at once
 
 Docs: https://pcrl-team.github.io/pcrl/transforms.html.md"""
 
@@ -53,7 +53,7 @@ def _centred(length: int, device) -> Tensor:
     "Twice the distance of each voxel from the centre: whole numbers, symmetric about 0."
     return 2 * torch.arange(length, device=device, dtype=torch.float32) - (length - 1)
 
-
+# %% ../nbs/04_transforms.ipynb #832d1490
 def _gather(
     x: Tensor,  # (B, C, [D,] H, W)
     plane: Tensor,  # (B, 2, 2)
@@ -73,12 +73,14 @@ def _gather(
 # %% ../nbs/04_transforms.ipynb #96650f6a
 def _check(x: Tensor, vec: Tensor):
     "Refuse a vector of the wrong length, and a quarter turn of a plane that is not square."
-    dims = x.ndim - 2
-    if vec.shape != (len(x), n_indicators(dims)):
-        raise ValueError(f"indicator vectors of shape {tuple(vec.shape)} do not fit a batch of {len(x)} {dims}D images: {(len(x), n_indicators(dims))} expected")
-    h, w = x.shape[-2:]
+    dims, (h, w) = x.ndim - 2, x.shape[-2:]
+    expected = len(x), n_indicators(dims)
+    if vec.shape != expected:
+        raise ValueError(f"indicator vectors of shape {tuple(vec.shape)} do not fit "
+                         f"a batch of {len(x)} {dims}D images: {expected} expected")
     if h != w and (vec[:, -3] + vec[:, -1]).any():
-        raise ValueError(f"a turn by 90 degrees needs a square xy-plane, but this crop is {h} x {w} (H x W): choose crops with H = W")
+        raise ValueError("a turn by 90 degrees needs a square xy-plane, "
+                         f"but this crop is {h} x {w} (H x W): choose crops with H = W")
 
 # %% ../nbs/04_transforms.ipynb #b7bf6ad3
 def apply_transforms(
@@ -105,9 +107,9 @@ def invert_transforms(
 # %% ../nbs/04_transforms.ipynb #a2462a50
 def distinct_transforms(
     dims: int,  # 2 or 3
-    device: torch.device | str | None = None,
+    device: torch.device | str | None = None,  # where the vectors live
 ) -> Tensor:  # (8, 6) in 2D, (16, 7) in 3D
-    "One indicator vector for each different transform, with flip y left off: flip x, (flip z) and four rotations reach them all."
+    "One indicator vector for each different transform; none needs flip y, since flip x and the rotations replace it."
     flips = torch.cartesian_prod(*[torch.arange(2)] * (dims - 1)).view(-1, dims - 1)
     flips = torch.cat([flips[:, :1], torch.zeros(len(flips), 1, dtype=torch.long), flips[:, 1:]], 1)
     vec = torch.cat([flips.repeat_interleave(4, 0), torch.eye(4, dtype=torch.long).repeat(len(flips), 1)], 1)
@@ -142,7 +144,9 @@ def box_union(
         inside.append((at >= start[..., axis, None]) & (at < (start + side)[..., axis, None]))  # (B, K, length)
     for k in range(start.shape[1]):
         box = present[:, k].view(-1, *[1] * len(shape))
-        for axis, i in enumerate(inside): box = box & i[:, k].view(len(start), *[1] * axis, -1, *[1] * (len(shape) - axis - 1))
+        for axis, i in enumerate(inside):
+            before, after = [1] * axis, [1] * (len(shape) - axis - 1)
+            box = box & i[:, k].view(len(start), *before, -1, *after)
         union |= box
     return union
 
@@ -152,31 +156,32 @@ def painted_region(
     shape: tuple[int, ...],  # ([D,] H, W)
     p: float = 0.9,  # probability that a sample is painted at all
     p_inpaint: float = 0.2,  # of the painted ones, how many are inpainted; the rest are outpainted
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,  # source of the random numbers, on `device`
+    device: torch.device | str | None = None,  # where the region lives
 ) -> Tensor:  # bool, (n, [D,] H, W), True where noise goes
     """Draw the voxels to hide, as Models Genesis does (probabilities: PCRL's code, 3D).
 
     Raises ValueError for crops under 8 voxels a side."""
-    if min(shape) < 8: raise ValueError(f"a crop of {' x '.join(map(str, shape))} is too small to paint boxes on: at least 8 voxels a side")
+    if min(shape) < 8:
+        crop = " x ".join(map(str, shape))
+        raise ValueError(f"a crop of {crop} is too small to paint boxes on: at least 8 voxels a side")
     rand = lambda *size: torch.rand(*size, generator=generator, device=device)
     painted, inpaint = (rand(n) < p).view(-1, 1), (rand(n) < p_inpaint).view(-1, 1)
     length = torch.tensor(shape, device=device, dtype=torch.float32).expand(n, 5, -1)
-    narrow = inpaint[..., None]
-    low = torch.where(narrow, length // 6, length - 4 * length // 7)
-    high = torch.where(narrow, length // 3, length - 3 * length // 7)
+    low = torch.where(inpaint[..., None], length // 6, length - 4 * length // 7)
+    high = torch.where(inpaint[..., None], length // 3, length - 3 * length // 7)
     side = _randint(low, high, generator)
     start = _randint(torch.full_like(side, 3), length - side - 3, generator)
-    present = (rand(n, 5) < 0.95) | (~inpaint & (torch.arange(5, device=device) == 0))  # outpainting keeps its first box always
-    union = box_union(start, side, present.int().cummin(1).values.bool(), shape)
-    view = (-1, *[1] * len(shape))
+    first = torch.arange(5, device=device) == 0
+    present = (rand(n, 5) < 0.95) | (~inpaint & first)  # outpainting always keeps its first box
+    union, view = box_union(start, side, present.int().cummin(1).values.bool(), shape), (-1, *[1] * len(shape))
     return (union ^ ~inpaint.view(view)) & painted.view(view)
 
 # %% ../nbs/04_transforms.ipynb #712f8305
 def paint(
     x: Tensor,  # images, (B, C, [D,] H, W), float, [0, 1]
     region: Tensor,  # bool, (B, [D,] H, W)
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None,  # source of the noise, on x's device
 ) -> Tensor:  # a new tensor, as x
     "Uniform noise in [0, 1] where `region` is set, the image elsewhere."
     noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -185,14 +190,14 @@ def paint(
 # %% ../nbs/04_transforms.ipynb #56431388
 def _gaussian_matrix(
     sigma: Tensor,  # (B,), voxels
-    length: int,
+    length: int,  # voxels along the axis
 ) -> Tensor:  # (B, length, length), each row sums to 1
     "The blur along one axis as a matrix."
     at = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
     weight = torch.exp(-0.5 * ((at[:, None] - at) / sigma.clamp(min=1e-3).view(-1, 1, 1)) ** 2)
     return weight / weight.sum(-1, keepdim=True)
 
-
+# %% ../nbs/04_transforms.ipynb #2077ec17
 def blur(
     x: Tensor,  # images, (B, C, [D,] H, W), float
     sigma: Tensor,  # standard deviation, (B,), voxels; 0 leaves the image as it is
@@ -211,7 +216,7 @@ def corrupt(
     p_inpaint: float = 0.2,  # share of inpainting among the painted
     p_blur: float = 0.5,  # probability of blur
     sigma: tuple[float, float] = (0.1, 2.0),  # range of the blur's standard deviation, voxels
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None,  # source of all its random numbers, on the images' device
 ) -> Tensor:  # X^2, a new tensor as `clean`
     "Blur, then in- or outpaint: what the encoders are shown in place of the clean crop."
     n, device = len(clean), clean.device

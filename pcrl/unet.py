@@ -1,4 +1,4 @@
-"""The two backbones behind one face: a 2D U-Net on ResNet-18 and a 3D U-Net; the encoder gives a pyramid of feature maps, the decoder takes one
+"""The backbones, a 2D U-Net on ResNet-18 and a 3D U-Net: the encoder gives a pyramid of feature maps, the decoder takes one
 
 Docs: https://pcrl-team.github.io/pcrl/unet.html.md"""
 
@@ -14,26 +14,31 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 # %% ../nbs/05_unet.ipynb #70b89ce4
+def _stage(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+    "Two residual blocks; where the shape changes, the short cut has a 1x1 convolution."
+    shortcut = None
+    if stride > 1: shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+    return nn.Sequential(BasicBlock(c_in, c_out, stride, shortcut), BasicBlock(c_out, c_out))
+
+# %% ../nbs/05_unet.ipynb #d412c16a
 class ResNetEncoder(nn.Module):
     "ResNet-18 without its head: F^1 to F^5 at 1/2, 1/4, 1/8, 1/16 and 1/32 of the image."
     def __init__(self,
-        in_channels: int = 1,
+        in_channels: int = 1,  # of the image
         width: int = 64,  # channels of the first stage; the last has 8 times as many
     ):
         super().__init__()
         self.channels = [width, width, 2 * width, 4 * width, 8 * width]
         self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        for i, (c_in, c_out) in enumerate(zip(self.channels, self.channels[1:])): self.add_module(f"layer{i + 1}", self._stage(c_in, c_out, 1 if i == 0 else 2))
+        for i, (c_in, c_out) in enumerate(zip(self.channels, self.channels[1:])):
+            self.add_module(f"layer{i + 1}", _stage(c_in, c_out, stride=1 if i == 0 else 2))
         for m in self.modules():
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
-    def _stage(self, c_in, c_out, stride):
-        "Two residual blocks; where the shape changes, the short cut has a 1x1 convolution."
-        shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)) if stride > 1 else None
-        return nn.Sequential(BasicBlock(c_in, c_out, stride, shortcut), BasicBlock(c_out, c_out))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self,
+        x: Tensor,  # images, (B, in_channels, H, W), H and W multiples of 32
+    ) -> list[Tensor]:  # F^1 .. F^5
         pyramid = [F.relu(self.bn1(self.conv1(x)))]
         x = F.max_pool2d(pyramid[0], 3, stride=2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4): pyramid.append(x := stage(x))
@@ -42,10 +47,10 @@ class ResNetEncoder(nn.Module):
 # %% ../nbs/05_unet.ipynb #ac1ee3a9
 def conv_bn_relu(
     dims: int,  # 2 or 3
-    c_in: int,
-    c_out: int,
-) -> nn.Sequential:
-    "A convolution over 3 voxels a side, BatchNorm, ReLU."
+    c_in: int,  # channels of its input
+    c_out: int,  # channels of its output
+) -> nn.Sequential:  # (B, c_in, [D,] H, W) -> (B, c_out, [D,] H, W)
+    "A convolution with a kernel of 3 voxels a side, BatchNorm, ReLU."
     conv, norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[dims - 2]
     return nn.Sequential(conv(c_in, c_out, 3, padding=1, bias=False), norm(c_out), nn.ReLU(inplace=True))
 
@@ -53,15 +58,18 @@ def conv_bn_relu(
 class UNet3DEncoder(nn.Module):
     "The 3D U-Net's contracting path: F^1 to F^4 at 1, 1/2, 1/4 and 1/8 of the volume."
     def __init__(self,
-        in_channels: int = 1,
+        in_channels: int = 1,  # of the volume
         width: int = 64,  # channels of F^1; F^4 has 8 times as many
     ):
         super().__init__()
         self.channels = [width, 2 * width, 4 * width, 8 * width]
         c_in = [in_channels, *self.channels]
-        self.levels = nn.ModuleList(nn.Sequential(conv_bn_relu(3, i, c // 2), conv_bn_relu(3, c // 2, c)) for i, c in zip(c_in, self.channels))
+        level = lambda i, c: nn.Sequential(conv_bn_relu(3, i, c // 2), conv_bn_relu(3, c // 2, c))
+        self.levels = nn.ModuleList(map(level, c_in, self.channels))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self,
+        x: Tensor,  # volumes, (B, in_channels, D, H, W), each side a multiple of 8
+    ) -> list[Tensor]:  # F^1 .. F^4
         pyramid = [self.levels[0](x)]
         for level in self.levels[1:]: pyramid.append(level(F.max_pool3d(pyramid[-1], 2)))
         return pyramid
@@ -73,13 +81,16 @@ class UpBlock(nn.Module):
         dims: int,  # 2 or 3
         c_in: int,  # channels from below
         c_skip: int,  # channels of the skip connection; 0 for none
-        c_out: int,
+        c_out: int,  # channels of the result
     ):
         super().__init__()
         self.up = nn.ConvTranspose3d(c_in, c_in, 2, stride=2) if dims == 3 else nn.Upsample(scale_factor=2)
         self.convs = nn.Sequential(conv_bn_relu(dims, c_in + c_skip, c_out), conv_bn_relu(dims, c_out, c_out))
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self,
+        x: Tensor,  # from below, (B, c_in, [D,] H, W)
+        skip: Tensor | None = None,  # (B, c_skip, [2D,] 2H, 2W)
+    ) -> Tensor:  # (B, c_out, [2D,] 2H, 2W)
         x = self.up(x)
         return self.convs(x if skip is None else torch.cat([x, skip], 1))
 
@@ -89,28 +100,48 @@ class Decoder(nn.Module):
     def __init__(self,
         dims: int,  # 2 or 3
         channels: list[int],  # of F^1 .. F^l
-        out_channels: int,
+        out_channels: int,  # of the image
     ):
         super().__init__()
         width, skips = channels[0], channels[-2::-1]
         outs = [4 * width, 2 * width, width] if dims == 3 else [4 * width, 2 * width, width, width // 2, width // 4]
         skips = skips + [0] * (len(outs) - len(skips))
         self.blocks = nn.ModuleList(UpBlock(dims, i, s, o) for i, s, o in zip([channels[-1], *outs], skips, outs))
-        self.head = nn.Conv3d(outs[-1], out_channels, 1) if dims == 3 else nn.Conv2d(outs[-1], out_channels, 3, padding=1)
+        if dims == 3: self.head = nn.Conv3d(outs[-1], out_channels, 1)
+        else: self.head = nn.Conv2d(outs[-1], out_channels, 3, padding=1)
 
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
+    def forward(self,
+        pyramid: list[Tensor],  # F^1 .. F^l, the finest first
+    ) -> Tensor:  # image, (B, out_channels, [D,] H, W)
         x, skips = pyramid[-1], pyramid[-2::-1]
         for i, block in enumerate(self.blocks): x = block(x, skips[i] if i < len(skips) else None)
         return self.head(x)
 
 # %% ../nbs/05_unet.ipynb #a8523ab1
-class UNet(nn.Module):
-    """Both backbones: a 2D U-Net on ResNet-18, or a 3D U-Net. `encoder(x)` gives [F^1 .. F^l], `decoder(pyramid)` an image.
+def _check_images(
+    images: Tensor,  # (B, C, [D,] H, W)
+    dims: int,  # 2 or 3, of the network
+    in_channels: int,  # of the network
+    divisor: int,  # of every side: a power of 2
+):
+    "Refuse images of other dimensions or channels, and sides that cannot be halved often enough."
+    channels, *size = images.shape[1:]
+    if len(size) != dims or channels != in_channels:
+        raise ValueError(f"images of shape {tuple(images.shape)} given to "
+                         f"a {dims}D network with {in_channels} input channel(s)")
+    if any(side % divisor for side in size):
+        raise ValueError(f"images of {' x '.join(map(str, size))} cannot be halved {divisor.bit_length() - 1} times: "
+                         f"choose sides that are multiples of {divisor}")
 
-    Raises ValueError for sizes that are not multiples of 32 (2D) or 8 (3D), for other channels than the network has, and for a bad `dims` or `width`."""
+# %% ../nbs/05_unet.ipynb #79e9b50c
+class UNet(nn.Module):
+    """A 2D U-Net on ResNet-18, or a 3D U-Net. `encoder(x)` gives [F^1 .. F^l], `decoder(pyramid)` an image.
+
+    Raises ValueError for a bad `dims` or `width`, for images of other dimensions or channels than the network's,
+    and for sizes that are not multiples of 32 (2D) or 8 (3D)."""
     def __init__(self,
         dims: int,  # 2 or 3
-        in_channels: int = 1,
+        in_channels: int = 1,  # of the images
         width: int = 64,  # channels of F^1; F^l has 8 times as many (64 is the paper's)
         out_channels: int | None = None,  # of the decoder's image; `in_channels` if None
     ):
@@ -127,11 +158,6 @@ class UNet(nn.Module):
         "Each side of the input must be a multiple of this."
         return 32 if self.dims == 2 else 8
 
-    def _check_input(self, _, args):
-        channels, *size = args[0].shape[1:]
-        if len(size) != self.dims or channels != self.in_channels:
-            raise ValueError(f"images of shape {tuple(args[0].shape)} given to a {self.dims}D network with {self.in_channels} input channel(s)")
-        if any(s % self.divisor for s in size):
-            raise ValueError(f"images of {' x '.join(map(str, size))} cannot be halved {self.divisor.bit_length() - 1} times: choose sides that are multiples of {self.divisor}")
+    def _check_input(self, _, args): _check_images(args[0], self.dims, self.in_channels, self.divisor)
 
-    def forward(self, x: Tensor) -> Tensor: return self.decoder(self.encoder(x))
+    def forward(self, x: Tensor) -> Tensor: return self.decoder(self.encoder(x))  # (B, C, [D,] H, W), same size out
