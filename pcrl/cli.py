@@ -142,6 +142,7 @@ def finetune(
     bs: Annotated[int, typer.Option(min=2, help="Images or crops in a batch.")] = 4,
     width: Annotated[int | None, typer.Option(help="Channels of the first level; the pretraining's if left out, or 64 from scratch.")] = None,
     lr: Annotated[float, typer.Option(help="Learning rate; the default is for full width, a narrow network wants more.")] = 1e-4,
+    loss: Annotated[str, typer.Option(help="Of segmentation: `dice`, or `dice_ce`, which adds cross entropy and suits very few cases.")] = "dice",
     size: Size = 256,
     spacing: Spacing = (1.0, 1.0, 1.0),
     window: Window = None,
@@ -153,7 +154,7 @@ def finetune(
     crop = parse_crop(crop, dims)
     cases = folder_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed)
     few = cases if labelled is None else cases.take_labelled(labelled, seed)
-    metrics, _ = finetune(few, out, init, width, epochs, bs, lr, crop, seed=seed)
+    metrics, _ = finetune(few, out, init, width, epochs, bs, lr, crop, loss=loss, seed=seed)
     for name, value in metrics.items(): typer.echo(f"{name:30} {value:.3f}")
     typer.echo(f"on {len(few.part('test'))} test cases. Run: {out}")
 

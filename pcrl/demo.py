@@ -46,6 +46,7 @@ class Story:
     tune_lr: float
     tune_crop: tuple[int, ...] = ()  # of segmentation
     tune_crops: int = 0  # in an epoch, of segmentation
+    tune_loss: str = "dice_ce"  # of segmentation, a name in `LOSSES`
 
 
 STORIES = {
@@ -132,8 +133,8 @@ def run_seed(
     pretrain_story(cases, story, seed, runs / f"pretrain-seed{seed}", tell)
     rows, masks = [], {}
     for arm, init in (("scratch", None), ("pcrl", runs / f"pretrain-seed{seed}")):
-        metrics, masks[arm] = finetune(few, runs / f"{arm}-seed{seed}", init, story.width, story.tune_epochs, story.tune_bs,
-                                       story.tune_lr, story.tune_crop, story.tune_crops, seed, [TellProgress(tell, arm)], bar=False)
+        metrics, masks[arm] = finetune(few, runs / f"{arm}-seed{seed}", init, story.width, story.tune_epochs, story.tune_bs, story.tune_lr,
+                                       story.tune_crop, story.tune_crops, story.tune_loss, seed, [TellProgress(tell, arm)], bar=False)
         rows += [dict(data=data, arm=arm, seed=seed, metric=metric, value=float(value)) for metric, value in metrics.items()]
     if cases.task == "segment":
         fig = _overlays(cases.part("test"), masks)

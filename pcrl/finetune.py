@@ -45,7 +45,7 @@ def evaluate_classification(
 
 # %% ../nbs/13a_finetune.ipynb #183089be
 def _learner(
-    cases: Cases, crop: Sequence[int], bs: int, crops_per_epoch: int, seed: int,
+    cases: Cases, crop: Sequence[int], bs: int, crops_per_epoch: int, loss: str, seed: int,
     init: str | Path | None = None,  # a pretraining run
     width: int | None = None,  # None: the run's, or 64
     **settings,  # of `segment_learner` or `classify_learner`
@@ -56,7 +56,7 @@ def _learner(
     settings |= dict(init=init, width=width, seed=seed, data=data)
     if cases.task == "segment":
         loaders = segment_loaders(cases, crop, bs, crops_per_epoch, seed=seed)
-        return segment_learner(loaders, cases.classes, **settings)
+        return segment_learner(loaders, cases.classes, loss=loss, **settings)
     return classify_learner(classify_loaders(cases, bs, seed), cases.classes, **settings)
 
 # %% ../nbs/13a_finetune.ipynb #e3745428
@@ -82,6 +82,7 @@ def finetune(
     lr: float = 1e-4,  # the paper's, for full width; a narrow network wants more
     crop: Sequence[int] | None = None,  # segmentation: ([D,] H, W); None: 64 x 64 x 32 voxels, or 224 x 224 pixels
     crops_per_epoch: int = 64,  # segmentation: spread evenly over the train cases
+    loss: str = "dice",  # segmentation: a name in `LOSSES`
     seed: int = 0,  # of order, crops and starting weights
     cbs: Sequence = (),  # further fastai callbacks
     bar: bool = True,  # fastai's progress bar and table
@@ -92,7 +93,7 @@ def finetune(
     if not len(test := cases.part("test")):
         raise ValueError(f"{cases.name} has no test cases: mark some in its table, or give more patients")
     crop = tuple(crop or ((224, 224) if cases.dims == 2 else (32, 64, 64)))
-    learn = _learner(cases, crop, bs, crops_per_epoch, seed, init, width, lr=lr, run=run)
+    learn = _learner(cases, crop, bs, crops_per_epoch, loss, seed, init, width, lr=lr, run=run)
     with ExitStack() as quiet:
         if not bar: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
         learn.fit(epochs, cbs=cbs)
