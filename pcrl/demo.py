@@ -46,7 +46,7 @@ class Story:
     tune_lr: float
     tune_crop: tuple[int, ...] = ()  # of segmentation
     tune_crops: int = 0  # in an epoch, of segmentation
-    tune_loss: str = "dice_ce"  # of segmentation, a name in `LOSSES`
+    tune_loss: str = "dice"  # of segmentation, a name in `LOSSES`
 
 
 STORIES = {
@@ -57,7 +57,7 @@ STORIES = {
     ("nih_cxr14_subset", 2): Story((64, 64), width=16, bs=32, pairs_per_image=1, scales=(0.3, 1.0), epochs=20, lr=0.03,
                                    labelled=64, tune_epochs=60, tune_bs=16, tune_lr=3e-4),
     ("hippocampus", 3): Story((24, 24, 24), width=8, bs=8, pairs_per_image=1, scales=(1.0,), epochs=14, lr=0.1,
-                              labelled=3, tune_epochs=32, tune_bs=4, tune_lr=1e-2, tune_crop=(32, 32, 32), tune_crops=24),
+                              labelled=3, tune_epochs=32, tune_bs=4, tune_lr=1e-2, tune_crop=(32, 32, 32), tune_crops=24, tune_loss="dice_ce"),
 }
 
 # %% ../nbs/19_demo.ipynb #2d49c9f2
