@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/transforms.html.md"""
 
 # %% auto #0
 __all__ = ['to_unit', 'n_indicators', 'sample_transforms', 'apply_transforms', 'invert_transforms', 'distinct_transforms',
-           'transform_name', 'box_union', 'painted_region', 'paint', 'blur', 'corrupt']
+           'transform_name', 'box_union', 'painted_region', 'paint', 'blur', 'local_shuffle', 'corrupt']
 
 # %% ../nbs/04_transforms.ipynb #2303afd4
 import math
@@ -271,6 +271,76 @@ def blur(
     for group in rows.split(max(1, 2**19 // x[0].numel())):  # of similar sigma, small enough for the cache
         part = _blur(x.index_select(0, group), sigma[group], math.ceil(4 * sigma[group[-1]].item()))
         out.index_copy_(0, group, part)
+    return out
+
+# %% ../nbs/04_transforms.ipynb #72de3b65
+def _shuffled(
+    volume: Tensor,  # voxels of each window, (W,), int64
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # for every voxel of every window: its window, its offset there, and which one it is read from
+    "Random orders of the voxels of all windows at once, each order equally likely; voxels count on from one window to the next."
+    order, first = torch.arange(int(volume.sum()), device=volume.device), volume.cumsum(0) - volume
+    window = torch.arange(len(volume), device=volume.device).repeat_interleave(volume)
+    first = first.index_select(0, window)
+    offset, bits = order - first, int(volume.max()).bit_length()
+    free = 63 - bits - len(volume).bit_length()  # for the random part, between window and offset
+    random = torch.empty_like(window).random_(0, 2**free, generator=generator)
+    key = random.add_(window << free).bitwise_left_shift_(bits).add_(offset).sort().values
+    return window, offset, key.bitwise_and_(2**bits - 1).add_(first)
+
+# %% ../nbs/04_transforms.ipynb #d95c1e68
+def _voxel(
+    window: Tensor,  # (E,)
+    offset: Tensor,  # in that window, (E,)
+    start: Tensor,  # of each window, (W, dims)
+    side: Tensor,  # of each window, (W, dims)
+    shape: tuple[int, ...],  # ([D,] H, W)
+) -> Tensor:  # (E,), offsets in the crop
+    "From a voxel's place in its window to its place in the crop."
+    stride = torch.tensor([math.prod(shape[axis + 1:]) for axis in range(len(shape))], device=start.device)
+    voxel, offset = (start * stride).sum(1).index_select(0, window), offset.int()
+    for axis in reversed(range(len(shape))):
+        edge = side[:, axis].int().index_select(0, window)
+        voxel.add_(offset % edge, alpha=math.prod(shape[axis + 1:]))
+        offset = offset // edge
+    return voxel
+
+# %% ../nbs/04_transforms.ipynb #b69d8e92
+def _shuffle_map(
+    n: int,  # crops
+    shape: tuple[int, ...],  # ([D,] H, W)
+    windows: int,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Tensor:  # (n, voxels), the voxel that each voxel is read from
+    "Draw the windows of `n` crops, and what is left to see of them."
+    length, voxels = torch.tensor(shape, device=device), math.prod(shape)
+    uniform = lambda high: (torch.rand(n * windows, len(shape), generator=generator, device=device) * high).long().minimum(high - 1)
+    side = 1 + uniform((length // 10).clamp(min=1))
+    start = uniform(length - side + 1)
+    window, offset, source = _shuffled(side.prod(1), generator)
+    voxel = _voxel(window, offset, start, side, shape) + window // windows * voxels
+    last = torch.full((n * voxels,), -1, device=device)
+    last.scatter_reduce_(0, voxel, torch.arange(len(voxel), device=device), "amax")
+    read = torch.arange(n * voxels, device=device)
+    covered = (last >= 0).nonzero()[:, 0]
+    read[covered] = voxel.index_select(0, source.index_select(0, last.index_select(0, covered)))
+    return read.view(n, voxels) % voxels
+
+
+def local_shuffle(
+    x: Tensor,  # images, (B, C, [D,] H, W), any dtype
+    p: float = 0.5,  # probability that a sample is shuffled
+    windows: int = 10_000,
+    generator: torch.Generator | None = None,  # source of the random numbers, on x's device
+) -> Tensor:  # a new tensor, as x
+    "Shuffle the voxels of many small windows, all channels alike, as Models Genesis does and in exactly its distribution."
+    chosen = (torch.rand(len(x), generator=generator, device=x.device) < p).nonzero()[:, 0]
+    out = x.clone()
+    for rows in chosen.split(4) if len(chosen) else []:  # a few at a time, for memory's sake
+        read = _shuffle_map(len(rows), tuple(x.shape[2:]), windows, generator, x.device)[:, None]
+        part = x.index_select(0, rows).flatten(2)
+        out[rows] = part.gather(2, read.expand_as(part)).view(len(rows), *x.shape[1:])
     return out
 
 # %% ../nbs/04_transforms.ipynb #9532fbb0
