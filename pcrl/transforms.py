@@ -6,9 +6,11 @@ Docs: https://pcrl-team.github.io/pcrl/transforms.html.md"""
 
 # %% auto #0
 __all__ = ['to_unit', 'n_indicators', 'sample_transforms', 'apply_transforms', 'invert_transforms', 'distinct_transforms',
-           'transform_name', 'box_union', 'painted_region', 'paint', 'blur', 'corrupt']
+           'transform_name', 'box_union', 'painted_region', 'paint', 'blur', 'local_shuffle', 'corrupt']
 
 # %% ../nbs/04_transforms.ipynb #2303afd4
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,7 @@ def to_unit(
     images: Tensor,  # uint8 0..255, or float [0, 1]
 ) -> Tensor:  # float32, [0, 1]
     "Images as they are stored to the range that the networks see."
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 # %% ../nbs/04_transforms.ipynb #87a8ca67
 def n_indicators(
@@ -70,6 +72,22 @@ def _gather(
     z = ((z_sign[:, None] * _centred(depth, x.device) + (depth - 1)) / 2).long().view(len(x), depth, 1, 1)
     return x[batch[..., None], :, z, planes[0][:, None], planes[1][:, None]].movedim(-1, 1)
 
+# %% ../nbs/04_transforms.ipynb #90783bbf
+def _turn(
+    x: Tensor,  # (B, C, [D,] H, W)
+    plane: Tensor,  # (B, 2, 2)
+    z_sign: Tensor | None,  # (B,), +1 or -1; None in 2D
+) -> Tensor:  # as x
+    "What `_gather` gives, by flips and transpositions of groups of samples."
+    signs = [*plane.sum(2).unbind(1)] + ([] if z_sign is None else [z_sign])
+    wanted = torch.stack([plane[:, 0, 0] == 0, *(s < 0 for s in signs)], 1)
+    kinds, kind, counts = wanted.unique(dim=0, return_inverse=True, return_counts=True)
+    order, parts = kind.argsort(), []
+    for (transposed, *flips), part in zip(kinds.tolist(), x.index_select(0, order).split(counts.tolist())):
+        part = part.flip([axis for axis, on in zip((-2, -1, -3), flips) if on])
+        parts.append(part.mT if transposed else part)
+    return torch.cat(parts).index_select(0, order.argsort())
+
 # %% ../nbs/04_transforms.ipynb #96650f6a
 def _check(x: Tensor, vec: Tensor):
     "Refuse a vector of the wrong length, and a quarter turn of a plane that is not square."
@@ -83,6 +101,13 @@ def _check(x: Tensor, vec: Tensor):
                          f"but this crop is {h} x {w} (H x W): choose crops with H = W")
 
 # %% ../nbs/04_transforms.ipynb #b7bf6ad3
+def _signed_permutation(x: Tensor, vec: Tensor, plane: Tensor) -> Tensor:
+    "Apply the matrix in the plane, and flip z where the vector says so, in the way that suits the device."
+    _check(x, vec)
+    move = _turn if x.device.type == "cpu" else _gather
+    return move(x, plane, 1 - 2 * vec[:, 2] if x.ndim == 5 else None)
+
+
 def apply_transforms(
     x: Tensor,  # images, (B, C, H, W) or (B, C, D, H, W), any dtype
     vec: Tensor,  # indicator vectors, (B, 6) or (B, 7)
@@ -90,8 +115,7 @@ def apply_transforms(
     """Flip and turn each image as its indicator vector says: first the flips, then the rotation in the xy-plane.
 
     Raises ValueError if the vectors do not fit the images, or for a quarter turn where H and W differ."""
-    _check(x, vec)
-    return _gather(x, _plane_matrix(vec), 1 - 2 * vec[:, 2] if x.ndim == 5 else None)
+    return _signed_permutation(x, vec, _plane_matrix(vec))
 
 # %% ../nbs/04_transforms.ipynb #0e4143a2
 def invert_transforms(
@@ -101,8 +125,7 @@ def invert_transforms(
     """The exact inverse of `apply_transforms`.
 
     Raises ValueError as `apply_transforms` does."""
-    _check(x, vec)
-    return _gather(x, _plane_matrix(vec).mT, 1 - 2 * vec[:, 2] if x.ndim == 5 else None)
+    return _signed_permutation(x, vec, _plane_matrix(vec).mT)
 
 # %% ../nbs/04_transforms.ipynb #a2462a50
 def distinct_transforms(
@@ -131,24 +154,20 @@ def _randint(low: Tensor, high: Tensor, generator) -> Tensor:
 
 # %% ../nbs/04_transforms.ipynb #3cf9cc17
 def box_union(
-    start: Tensor,  # first voxel of each box, (B, K, dims), axes in array order
+    start: Tensor,  # first voxel of each box, (B, K, dims), axes in array order; at most 8 boxes
     side: Tensor,  # its length, (B, K, dims)
     present: Tensor,  # which boxes there are, (B, K), bool
     shape: tuple[int, ...],  # ([D,] H, W)
 ) -> Tensor:  # bool, (B, [D,] H, W)
     "The voxels that lie in any of a sample's boxes."
-    union = torch.zeros(len(start), *shape, dtype=torch.bool, device=start.device)
-    inside = []
+    bit = (present * 2 ** torch.arange(start.shape[1], device=start.device)).unsqueeze(-1)  # (B, K, 1)
+    code = torch.tensor(255, dtype=torch.uint8, device=start.device)
     for axis, length in enumerate(shape):
-        at = torch.arange(length, device=start.device)
-        inside.append((at >= start[..., axis, None]) & (at < (start + side)[..., axis, None]))  # (B, K, length)
-    for k in range(start.shape[1]):
-        box = present[:, k].view(-1, *[1] * len(shape))
-        for axis, i in enumerate(inside):
-            before, after = [1] * axis, [1] * (len(shape) - axis - 1)
-            box = box & i[:, k].view(len(start), *before, -1, *after)
-        union |= box
-    return union
+        at, first = torch.arange(length, device=start.device), start[..., axis, None]
+        inside = (at >= first) & (at < first + side[..., axis, None])  # (B, K, length)
+        bits, after = (bit * inside).sum(1).to(torch.uint8), len(shape) - axis - 1
+        code = code & bits.view(len(bits), *[1] * axis, length, *[1] * after)
+    return code.clamp_(max=1).view(torch.bool)
 
 # %% ../nbs/04_transforms.ipynb #7715f43d
 def painted_region(
@@ -174,40 +193,155 @@ def painted_region(
     start = _randint(torch.full_like(side, 3), length - side - 3, generator)
     first = torch.arange(5, device=device) == 0
     present = (rand(n, 5) < 0.95) | (~inpaint & first)  # outpainting always keeps its first box
-    union, view = box_union(start, side, present.int().cummin(1).values.bool(), shape), (-1, *[1] * len(shape))
-    return (union ^ ~inpaint.view(view)) & painted.view(view)
+    union = box_union(start, side, present.int().cummin(1).values.bool(), shape).view(torch.uint8)  # faster than bool
+    flag = lambda on: on.view(-1, *[1] * len(shape)).to(torch.uint8)
+    return union.bitwise_xor_(flag(~inpaint)).bitwise_and_(flag(painted)).view(torch.bool)
 
 # %% ../nbs/04_transforms.ipynb #712f8305
+def _noise(shape: tuple[int, ...], dtype: torch.dtype, generator, device) -> Tensor:
+    "Uniform noise inside (0, 1) in 65536 steps: four values from every 64 random bits, which are what takes time."
+    words = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64, device=device)
+    levels = words.random_(-2**63, None, generator=generator).view(torch.int16)[:math.prod(shape)].view(shape)
+    return torch.add(torch.tensor(0.5 + 0.5 / 2**16, dtype=dtype), levels, alpha=1 / 2**16)
+
+
+def _paint_(x: Tensor, region: Tensor, generator) -> Tensor:
+    "`paint` in place, by slices that stay in a processor's cache; they fix which random numbers a voxel gets, so they are the same everywhere."
+    count = max(1, 2**20 // x[0].numel())
+    for part, hidden in zip(x.split(count), region.split(count)):
+        part.lerp_(_noise(part.shape, x.dtype, generator, x.device), hidden[:, None].view(torch.uint8).to(x.dtype))
+    return x
+
+
 def paint(
     x: Tensor,  # images, (B, C, [D,] H, W), float, [0, 1]
     region: Tensor,  # bool, (B, [D,] H, W)
     generator: torch.Generator | None = None,  # source of the noise, on x's device
 ) -> Tensor:  # a new tensor, as x
     "Uniform noise in [0, 1] where `region` is set, the image elsewhere."
-    noise = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return torch.where(region[:, None], noise, x)
+    return _paint_(x.clone(), region, generator)
 
 # %% ../nbs/04_transforms.ipynb #56431388
-def _gaussian_matrix(
+def _gaussian_band(
     sigma: Tensor,  # (B,), voxels
-    length: int,  # voxels along the axis
-) -> Tensor:  # (B, length, length), each row sums to 1
-    "The blur along one axis as a matrix."
-    at = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
-    weight = torch.exp(-0.5 * ((at[:, None] - at) / sigma.clamp(min=1e-3).view(-1, 1, 1)) ** 2)
-    return weight / weight.sum(-1, keepdim=True)
+    rows: int,
+    reach: int,  # columns to either side of the rows
+) -> Tensor:  # (B, rows, rows + 2 * reach), not yet normalised
+    "Some rows of the matrix that blurs along one axis, and of its columns those near the diagonal."
+    at = torch.arange(-reach, rows + reach, device=sigma.device, dtype=sigma.dtype)
+    away, sigma = (at[reach:reach + rows, None] - at).abs(), sigma.clamp(min=1e-3).view(-1, 1, 1)
+    return torch.exp(-0.5 * (away / sigma) ** 2) * (away <= 4 * sigma)
 
 # %% ../nbs/04_transforms.ipynb #2077ec17
+def _blur_axis(
+    x: Tensor,  # (B, C, [D,] H, W)
+    sigma: Tensor,  # (B,)
+    axis: int,
+    reach: int,  # at least 4 sigma
+) -> Tensor:  # as x
+    "Blur along one axis: a product with a banded matrix, 16 of its rows at a time."
+    length, last, parts = x.shape[axis], axis == x.ndim - 1, []
+    y = x.reshape(len(x), -1, length) if last else x.reshape(-1, length, x.shape[axis + 1:].numel())
+    block = 16 if reach < length else length
+    band = _gaussian_band(sigma, block, reach).to(x.dtype)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        low, high = max(start - reach, 0), min(stop + reach, length)
+        rows = band[:, :stop - start, low - start + reach:high - start + reach]
+        rows = rows / rows.sum(-1, keepdim=True)
+        if last: parts.append(y[..., low:high] @ rows.mT)
+        else: parts.append(rows.repeat_interleave(len(y) // len(x), 0) @ y[:, low:high])
+    return torch.cat(parts, -1 if last else 1).view(x.shape)
+
+# %% ../nbs/04_transforms.ipynb #b9aac63a
+def _blur(x: Tensor, sigma: Tensor, reach: int) -> Tensor:
+    "Blur along all axes."
+    for axis in range(2, x.ndim): x = _blur_axis(x, sigma, axis, reach)
+    return x
+
+
 def blur(
     x: Tensor,  # images, (B, C, [D,] H, W), float
     sigma: Tensor,  # standard deviation, (B,), voxels; 0 leaves the image as it is
-) -> Tensor:  # as x
-    "Gaussian blur, with its own sigma for each sample."
-    for axis in range(2, x.ndim):
-        last = x.movedim(axis, -1)
-        kernel = _gaussian_matrix(sigma, x.shape[axis]).to(x.dtype)
-        x = torch.bmm(last.reshape(len(x), -1, x.shape[axis]), kernel.mT).view(last.shape).movedim(-1, axis)
-    return x
+) -> Tensor:  # a new tensor, as x
+    "Gaussian blur, with its own sigma for each sample, cut off at 4 sigma."
+    if x.device.type != "cpu": return _blur(x, sigma, max(x.shape[2:]))  # to ask for sigma would be to wait
+    out, rows = x.clone(), sigma.argsort()[(sigma == 0).sum():]
+    if not len(rows): return out
+    for group in rows.split(max(1, 2**19 // x[0].numel())):  # of similar sigma, small enough for the cache
+        part = _blur(x.index_select(0, group), sigma[group], math.ceil(4 * sigma[group[-1]].item()))
+        out.index_copy_(0, group, part)
+    return out
+
+# %% ../nbs/04_transforms.ipynb #72de3b65
+def _shuffled(
+    volume: Tensor,  # voxels of each window, (W,), int64
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # for every voxel of every window: its window, its offset there, and which one it is read from
+    "Random orders of the voxels of all windows at once, each order equally likely; voxels count on from one window to the next."
+    order, first = torch.arange(int(volume.sum()), device=volume.device), volume.cumsum(0) - volume
+    window = torch.arange(len(volume), device=volume.device).repeat_interleave(volume)
+    first = first.index_select(0, window)
+    offset, bits = order - first, int(volume.max()).bit_length()
+    free = 63 - bits - len(volume).bit_length()  # for the random part, between window and offset
+    random = torch.empty_like(window).random_(0, 2**free, generator=generator)
+    key = random.add_(window << free).bitwise_left_shift_(bits).add_(offset).sort().values
+    return window, offset, key.bitwise_and_(2**bits - 1).add_(first)
+
+# %% ../nbs/04_transforms.ipynb #d95c1e68
+def _voxel(
+    window: Tensor,  # (E,)
+    offset: Tensor,  # in that window, (E,)
+    start: Tensor,  # of each window, (W, dims)
+    side: Tensor,  # of each window, (W, dims)
+    shape: tuple[int, ...],  # ([D,] H, W)
+) -> Tensor:  # (E,), offsets in the crop
+    "From a voxel's place in its window to its place in the crop."
+    stride = torch.tensor([math.prod(shape[axis + 1:]) for axis in range(len(shape))], device=start.device)
+    voxel, offset = (start * stride).sum(1).index_select(0, window), offset.int()
+    for axis in reversed(range(len(shape))):
+        edge = side[:, axis].int().index_select(0, window)
+        voxel.add_(offset % edge, alpha=math.prod(shape[axis + 1:]))
+        offset = offset // edge
+    return voxel
+
+# %% ../nbs/04_transforms.ipynb #b69d8e92
+def _shuffle_map(
+    n: int,  # crops
+    shape: tuple[int, ...],  # ([D,] H, W)
+    windows: int,
+    generator: torch.Generator | None,
+    device: torch.device,
+) -> Tensor:  # (n, voxels), the voxel that each voxel is read from
+    "Draw the windows of `n` crops, and what is left to see of them."
+    length, voxels = torch.tensor(shape, device=device), math.prod(shape)
+    uniform = lambda high: (torch.rand(n * windows, len(shape), generator=generator, device=device) * high).long().minimum(high - 1)
+    side = 1 + uniform((length // 10).clamp(min=1))
+    start = uniform(length - side + 1)
+    window, offset, source = _shuffled(side.prod(1), generator)
+    voxel = _voxel(window, offset, start, side, shape) + window // windows * voxels
+    last = torch.full((n * voxels,), -1, device=device)
+    last.scatter_reduce_(0, voxel, torch.arange(len(voxel), device=device), "amax")
+    read = torch.arange(n * voxels, device=device)
+    covered = (last >= 0).nonzero()[:, 0]
+    read[covered] = voxel.index_select(0, source.index_select(0, last.index_select(0, covered)))
+    return read.view(n, voxels) % voxels
+
+
+def local_shuffle(
+    x: Tensor,  # images, (B, C, [D,] H, W), any dtype
+    p: float = 0.5,  # probability that a sample is shuffled
+    windows: int = 10_000,
+    generator: torch.Generator | None = None,  # source of the random numbers, on x's device
+) -> Tensor:  # a new tensor, as x
+    "Shuffle the voxels of many small windows, all channels alike, as Models Genesis does and in exactly its distribution."
+    chosen = (torch.rand(len(x), generator=generator, device=x.device) < p).nonzero()[:, 0]
+    out = x.clone()
+    for rows in chosen.split(4) if len(chosen) else []:  # a few at a time, for memory's sake
+        read = _shuffle_map(len(rows), tuple(x.shape[2:]), windows, generator, x.device)[:, None]
+        part = x.index_select(0, rows).flatten(2)
+        out[rows] = part.gather(2, read.expand_as(part)).view(len(rows), *x.shape[1:])
+    return out
 
 # %% ../nbs/04_transforms.ipynb #9532fbb0
 def corrupt(
@@ -223,4 +357,4 @@ def corrupt(
     blurred = torch.rand(n, generator=generator, device=device) < p_blur
     width = sigma[0] + (sigma[1] - sigma[0]) * torch.rand(n, generator=generator, device=device)
     region = painted_region(n, tuple(clean.shape[2:]), p_paint, p_inpaint, generator, device)
-    return paint(blur(clean, width * blurred), region, generator)
+    return _paint_(blur(clean, width * blurred), region, generator)
