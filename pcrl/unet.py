@@ -6,9 +6,10 @@ Docs: https://pcrl-team.github.io/pcrl/unet.html.md"""
 
 # %% auto #0
 __all__ = ['RESNETS', 'norm_layer', 'ResNetEncoder', 'TimmEncoder', 'conv_norm_relu', 'UNet3DEncoder', 'UpBlock', 'Decoder',
-           'UNet']
+           'UNet', 'keep_freed_memory']
 
 # %% ../nbs/05_unet.ipynb #7c2401ab
+import ctypes
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import gcd
@@ -280,3 +281,11 @@ class UNet(nn.Module):
     def _check_input(self, _, args): _check_images(args[0], self.dims, self.in_channels, self.divisor)
 
     def forward(self, x: Tensor) -> Tensor: return self.decoder(self.encoder(x))  # (B, C, [D,] H, W), same size out
+
+# %% ../nbs/05_unet.ipynb #4c114239
+def keep_freed_memory() -> bool:  # whether it was done: it needs glibc
+    "Let this process keep the memory of freed tensors for the next ones, until it ends."
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError): return False  # not glibc
+    settings = (-4, 0), (-1, -1), (-8, 1)  # M_MMAP_MAX: no block of its own; M_TRIM_THRESHOLD: never; M_ARENA_MAX: all threads alike
+    return all([mallopt(*setting) for setting in settings])
