@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/official.html.md"""
 
 # %% auto #0
 __all__ = ['BinaryNCE', 'OfficialTransAtt', 'mix_in_batch', 'encode_shuffled', 'random_matrix', 'affine', 'luminance', 'turn_hue',
-           'jitter_colours', 'to_imagenet', 'cut_holes']
+           'jitter_colours', 'to_imagenet', 'cut_holes', 'local_shuffle']
 
 # %% ../nbs/08a_official.ipynb #4aacbc13
 from collections.abc import Callable
@@ -174,9 +174,15 @@ def cut_holes(
     return x.masked_fill(holes[:, None], 0)
 
 # %% ../nbs/08a_official.ipynb #f496d796
-def _shuffle(x: Tensor, generator: torch.Generator | None, windows: int = 10000) -> Tensor:
-    "Local shuffling of every image of a batch, (B, C, [D,] H, W)."
-    return torch.stack([_shuffle_one(image, generator, windows) for image in x])
+def local_shuffle(
+    x: Tensor,  # images, (B, C, [D,] H, W)
+    p: float = 0.5,  # probability that a sample is shuffled
+    windows: int = 10_000,
+    generator: torch.Generator | None = None,  # source of the random numbers, on x's device
+) -> Tensor:  # a new tensor, as x
+    "Shuffle the voxels within many small windows."
+    chosen = torch.rand(len(x), generator=generator, device=x.device) < p
+    return torch.stack([_shuffle_one(image, generator, windows) if c else image for image, c in zip(x, chosen)])
 
 
 def _shuffle_one(image: Tensor, generator: torch.Generator | None, windows: int) -> Tensor:
