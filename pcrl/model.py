@@ -269,7 +269,8 @@ def loss(self: PCRL,
         total = total + r.contrast_weight * terms.contrast
     if r.reconstruction_weight:
         names = r.reconstructed + tuple(f"{path}2" for path in r.reconstructed) * r.mixup_pass
-        errors = (outputs.reconstructions.float() - views.targets).square().view(len(names), -1).mean(1)
+        squared = (outputs.reconstructions.float() - views.targets).square().unflatten(0, (len(names), -1))
+        errors = squared.mean(tuple(range(1, squared.ndim)))
         terms.reconstruction = errors.mean() if r.reconstruction_mean else errors.sum()
         terms |= {f"reconstruction_{name}": error for name, error in zip(names, errors)}
         total = total + r.reconstruction_weight * terms.reconstruction
