@@ -104,13 +104,18 @@ CHOICES = dict(transatt=("outer", "fc"), target=("clean", "corrupt"), contrast=(
 class Recipe(_Corruption, _Input, _Training, _Contrast, _Reconstruction, _Network):
     """All settings of a pretraining method, in 2D or in 3D. The defaults are the paper's in 3D.
 
-    Raises ValueError for a word that is none of a setting's choices, and if both losses have weight 0."""
+    Raises ValueError for a word that is none of a setting's choices, for paths that the recipe does not have, and if both losses have weight 0."""
     name: str = "paper"  # under which `get_recipe` finds it
 
     def __post_init__(self):
         for setting, words in CHOICES.items():
             if (value := getattr(self, setting)) not in words:
                 raise ValueError(f"{setting} {value!r} is not one of {', '.join(words)}")
+        paths = {"o", "m", "h"}
+        keys = paths | {"o2", "m2", "mix"} if self.mixup_pass else paths
+        for setting, known in dict(reconstructed=paths, queue_keys=keys).items():
+            if not (named := set(getattr(self, setting))) or named - known:
+                raise ValueError(f"{setting} {tuple(getattr(self, setting))} must be some of {', '.join(sorted(known))}")
         if not self.contrast_weight and not self.reconstruction_weight:
             raise ValueError("with contrast_weight and reconstruction_weight 0 there is nothing to learn: give one of them a weight")
 
