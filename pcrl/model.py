@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .contrast import KeyQueue, Projector, effective_rank, ema_update_, logit_stats, momentum_copy, nce_loss
 from .crossmix import crossmix, mix, sample_lam
 from .official import (
-    BinaryNCE, OfficialTransAtt, affine, cut_holes, encode_shuffled, jitter_colours, local_shuffle, mix_in_batch, random_matrix, to_imagenet)
+    BinaryNCE, OfficialTransAtt, affine, cut_holes, encode_shuffled, jitter_colours, local_shuffle, mix_in_batch,
+    random_matrix, to_imagenet)
 from .recipes import Recipe, get_recipe
 from .transatt import TransAtt
 from .transforms import apply_transforms, corrupt, n_indicators, sample_transforms, to_unit
@@ -189,7 +190,7 @@ def _embed(self: PCRL, o: Tensor, m: Tensor, h: Tensor) -> AttrDict:
 
 @patch
 def _mixup_pass(self: PCRL, v: AttrDict, plain_m: Tensor) -> tuple[dict, AttrDict]:
-    "The second pass: pyramids of o, m and h without TransAtt; embeddings of the mixed inputs, and `g_mix`, the mixed embeddings of the plain ones."
+    "The second pass: pyramids without TransAtt, embeddings of the mixed inputs, and `g_mix`, mixtures of the plain keys."
     o, m = self.encode(v.mixed_o, v.mixed_m, v.get("order"))
     paths = dict(o=o, m=m, h=crossmix(o, m, v.lam2))
     if not self.recipe.contrast_weight: return paths, AttrDict()

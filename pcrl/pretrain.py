@@ -106,6 +106,12 @@ class KeepLast(KeepBest):
         self.best = inf
         super().after_validate()
 
+
+def _schedule(recipe: Recipe) -> tuple[CosineDecay, KeepBest]:
+    "The recipe's learning rate, and when it stops and what it keeps."
+    keep = KeepBest if recipe.keep == "best" else KeepLast
+    return CosineDecay() if recipe.cosine == "step" else EpochCosine(), keep(patience=recipe.patience, restore=False)
+
 # %% ../nbs/10_pretrain.ipynb #a92b19b8
 SHOWN = "contrast", "reconstruction", "positive", "negative", "rank"  # of the validation figures, in fastai's table
 
@@ -131,9 +137,8 @@ def pretrain_learner(
     model = METHODS[method](dims, recipe, in_channels=sample.shape[1], width=width, net=net)
     _check_crops(dls, dims, model.divisor)
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[dims - 2])
-    figures, cosine = EpochFigures(), CosineDecay() if recipe.cosine == "step" else EpochCosine()
-    keep = (KeepBest if recipe.keep == "best" else KeepLast)(patience=recipe.patience, restore=False)
-    cbs = [MethodStep(seed), FiniteLoss(), cosine, figures, keep]
+    figures = EpochFigures()
+    cbs = [MethodStep(seed), FiniteLoss(), figures, *_schedule(recipe)]
     if run is not None:
         cbs.append(RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
                                        data=data, seed=seed, crop_size=sample.shape[2:], batch_size=dls.train.bs, steps_per_epoch=len(dls.train))))

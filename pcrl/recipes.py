@@ -104,7 +104,8 @@ CHOICES = dict(transatt=("outer", "fc"), target=("clean", "corrupt"), contrast=(
 class Recipe(_Corruption, _Input, _Training, _Contrast, _Reconstruction, _Network):
     """All settings of a pretraining method, in 2D or in 3D. The defaults are the paper's in 3D.
 
-    Raises ValueError for a word that is none of a setting's choices, for paths that the recipe does not have, and if both losses have weight 0."""
+    Raises ValueError for a word that is none of a setting's choices, for paths that the recipe does not have,
+    and if both losses have weight 0."""
     name: str = "paper"  # under which `get_recipe` finds it
 
     def __post_init__(self):
@@ -125,7 +126,8 @@ _OFFICIAL = dict(
     name="official", transatt="fc", decode_together=False,
     reconstructed=("o", "h"), reconstruction_mean=True, target="corrupt", turn_clean=False, hybrid_transform=False, mixup_pass=True,
     lam_per_sample=False, lam_larger_share=True, lam_apart=True,
-    contrast="nce", contrasted="deepest", queue_keys=("m", "m2", "mix"), queue_noise=True, beta=0.999, ema_statistics=False, shuffle_keys=True,
+    contrast="nce", contrasted="deepest", queue_keys=("m", "m2", "mix"), queue_noise=True,
+    beta=0.999, ema_statistics=False, shuffle_keys=True,
     contrast_weight=1.0, reconstruction_weight=1.0, weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
     p_flip=0.5, degrees=10.0)
 RECIPES = {

@@ -1,6 +1,7 @@
 """The two recipes differ as their table says: a test for each setting that differs.
 
-Each test takes one recipe, gives it the other's value of one setting, and compares both with a slow reading of that point, mostly in plain NumPy."""
+Each test takes one recipe, gives it the other's value of one setting, and compares both with a slow reading of that point,
+mostly in plain NumPy."""
 import math
 from functools import partial
 
@@ -519,7 +520,8 @@ def colour_input():
                 if m.recipe.imagenet: right = (right - mean) / deviation
                 close(array(v.clean_o), right)
                 assert m(v).reconstructions.shape[1] == n
-            if setting == "input_channels": assert [m.recipe.input_channels for m in (mine, other)] == ([None, 3] if recipe == "paper" else [3, None])
+            if setting == "input_channels":
+                assert [m.recipe.input_channels for m in (mine, other)] == ([None, 3] if recipe == "paper" else [3, None])
             if setting == "imagenet": assert mine.recipe.imagenet == (channels == 3) != other.recipe.imagenet
     assert not get_recipe("official", 3).imagenet and get_recipe("official", 3).input_channels is None
 
@@ -594,7 +596,8 @@ def alone(recipe, setting, dims, also=()):
     mine = get_recipe(recipe, dims)
     values = [getattr(get_recipe(r, dims), setting) for r in (recipe, {"paper": "official", "official": "paper"}[recipe])]
     quiet = {k: v for k, v in STILL.items() if k != setting and k not in also} | {k: getattr(mine, k) for k in also}
-    for value in values: yield value, partial(model(recipe, dims, **quiet | {setting: value}).corrupted, generator=torch.Generator().manual_seed(0))
+    for value in values:
+        yield value, partial(model(recipe, dims, **quiet | {setting: value}).corrupted, generator=torch.Generator().manual_seed(0))
 
 
 def ramp(dims, n=200, channels=1):
@@ -627,9 +630,12 @@ def turns():
             y = corrupted(torch.linspace(0, 1, 32).expand(300, 1, 32, 32).clone())
             slope_y, slope_x = (y[:, 0, 17, 15] - y[:, 0, 14, 15], y[:, 0, 15, 17] - y[:, 0, 15, 14])
             angle = torch.atan2(slope_y, slope_x).rad2deg().numpy()
-            assert degrees == right and (stats.kstest(angle, stats.uniform(-10, 20).cdf).pvalue > .01 if right else abs(angle).max() < 1e-3)
+            assert degrees == right
+            if right: assert stats.kstest(angle, stats.uniform(-10, 20).cdf).pvalue > .01
+            else: assert abs(angle).max() < 1e-3
     for recipe, expected in (("paper", (False, True)), ("official", (True, False))):
-        for (_, corrupted), right in zip(alone(recipe, "degrees", 3), expected): assert changed(corrupted(ramp(3, 20)), ramp(3, 20)).any() == right
+        for (_, corrupted), right in zip(alone(recipe, "degrees", 3), expected):
+            assert changed(corrupted(ramp(3, 20)), ramp(3, 20)).any() == right
 
 
 @row("corruption", "stretch")
@@ -638,7 +644,9 @@ def stretches():
         for (stretch, corrupted), right in zip(alone(recipe, "stretch", 3), expected):
             y = corrupted(torch.linspace(0, 1, 32).expand(300, 1, 8, 8, 32).clone())[:, 0, 4, 4]
             factor = ((y[:, 17] - y[:, 14]) * 31 / 3).numpy()
-            assert stretch == right and (stats.kstest(factor, stats.uniform(.9, .2).cdf).pvalue > .01 if right else abs(factor - 1).max() < 1e-4)
+            assert stretch == right
+            if right: assert stats.kstest(factor, stats.uniform(.9, .2).cdf).pvalue > .01
+            else: assert abs(factor - 1).max() < 1e-4
     assert get_recipe("official", 2).stretch == 0
 
 
@@ -650,7 +658,8 @@ def grey():
             y = corrupted(x)
             is_grey = y.std(1).amax((1, 2)) < 1e-4
             assert p == right and abs(is_grey.float().mean() - right) < .08
-            close(array(y[is_grey]), array(x[is_grey] * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(1, keepdims=True).repeat(3, 1), 1e-4)
+            weighed = array(x[is_grey]) * np.array([.299, .587, .114])[:, None, None]
+            close(array(y[is_grey]), weighed.sum(1, keepdims=True).repeat(3, 1), 1e-4)
     assert get_recipe("official", 3).p_grey == get_recipe("official", 3).jitter == 0
 
 
@@ -660,7 +669,9 @@ def jitter():
     for recipe, expected in (("paper", (0., .4)), ("official", (.4, 0.))):
         for (strength, corrupted), right in zip(alone(recipe, "jitter", 2), expected):
             factor = (corrupted(torch.full((400, 3, 8, 8), .5))[:, 0, 0, 0] / .5).numpy()
-            assert strength == right and (stats.kstest(factor, stats.uniform(.6, .8).cdf).pvalue > .01 if right else abs(factor - 1).max() < 1e-4)
+            assert strength == right
+            if right: assert stats.kstest(factor, stats.uniform(.6, .8).cdf).pvalue > .01
+            else: assert abs(factor - 1).max() < 1e-4
 
 
 def spread(y):
@@ -683,7 +694,8 @@ def blurs():
         for (p, corrupted), right in zip(alone(recipe, "p_blur", 3), expected):
             assert p == right
             blurred = corrupted(bright(400))[:, 0, 6, 6, 16] < .999
-            visible = 1 - (.25 - get_recipe(recipe, 3).blur_sigma[0]) / (2 - get_recipe(recipe, 3).blur_sigma[0])   # under 0.25 voxels nothing is to be seen
+            low, high = get_recipe(recipe, 3).blur_sigma
+            visible = (high - .25) / (high - low)                                  # under 0.25 voxels nothing is to be seen
             assert abs(blurred.float().mean() - right * visible) < .1
     assert get_recipe("official", 2).p_blur == get_recipe("paper", 2).p_blur == .5
 
@@ -707,7 +719,7 @@ def shuffles():
             y = corrupted(x)
             moved = changed(x, y)
             assert p == right and abs(moved.float().mean() - right) < .2
-            for image, original in zip(y[moved][:3, 0], x[moved][:3, 0]):           # windows of 2 x 2 x 2: no voxel comes from farther than 1 away
+            for image, original in zip(y[moved][:3, 0], x[moved][:3, 0]):           # windows of 2 x 2 x 2: moved by 1 at most
                 places = [(original == value).nonzero()[0] for value in image[5, 5]]
                 assert all((at - torch.tensor([5, 5, i])).abs().max() <= 1 for i, at in enumerate(places))
     assert get_recipe("official", 2).p_shuffle == 0
@@ -722,7 +734,7 @@ def test_shuffled_after_blur_and_painted_last():
     m = model("official", p_shuffle=1., p_paint=0., degrees=0., stretch=0., p_flip=0., blur_sigma=(1., 1.))
     edge = (torch.arange(20) >= 10).float().expand(1, 1, 20, 20, 20)
     y = m.corrupted(edge, torch.Generator().manual_seed(0))
-    assert y[0, 0, :, :, 10].std() > .05                                            # shuffled first and blurred afterwards it would be smoother
+    assert y[0, 0, :, :, 10].std() > .05                     # shuffled first and blurred afterwards it would be smoother
     close(y.mean(), .5, 1e-2)
 
 
@@ -753,7 +765,8 @@ def holes():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_loss_without_weight_is_not_computed(recipe, dims):
-    whole, contrast, reconstruction = (model(recipe, dims, queue_noise=True, **s) for s in ({}, dict(reconstruction_weight=0.), dict(contrast_weight=0.)))
+    alone = {}, dict(reconstruction_weight=0.), dict(contrast_weight=0.)
+    whole, contrast, reconstruction = (model(recipe, dims, queue_noise=True, **settings) for settings in alone)
     decoder = count(contrast.decoder, [])
     projected = count(reconstruction.ordinary.projector.layers, count(reconstruction.momentum.projector.layers, []))
     queue = reconstruction.queue.rows.clone()
