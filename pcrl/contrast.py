@@ -25,10 +25,16 @@ class Projector(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(channels, dim), nn.ReLU(), nn.Linear(dim, dim))
 
+    def embed(self,
+        features: Tensor,  # (B, C, [D,] H, W)
+    ) -> Tensor:  # (B, dim), float32, of any length
+        "The embedding before its normalisation."
+        return self.layers(features.flatten(2).mean(2)).float()
+
     def forward(self,
         features: Tensor,  # (B, C, [D,] H, W)
     ) -> Tensor:  # (B, dim), float32, each row of length 1
-        return F.normalize(self.layers(features.flatten(2).mean(2)).float(), dim=1)
+        return F.normalize(self.embed(features), dim=1)
 
 # %% ../nbs/08_contrast.ipynb #0e4bbbf5
 def nce_loss(
@@ -54,12 +60,14 @@ class KeyQueue(nn.Module):
     def __init__(self,
         size: int,  # N, the most keys it holds
         dim: int,  # of a key
+        noise: bool = False,  # True: full of uniform noise from the start, as in the authors' code; False: empty
     ):
         super().__init__()
         if size < 1: raise ValueError(f"a queue of {size} keys cannot be contrasted with: choose 1 or more")
-        self.register_buffer("rows", torch.zeros(size, dim))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))
-        self._count = 0  # the same as `pushed`, on the host: reading a number from a GPU would wait for it
+        edge = (3 / dim) ** 0.5  # of noise whose keys have a mean square length of 1
+        self.register_buffer("rows", torch.empty(size, dim).uniform_(-edge, edge) if noise else torch.zeros(size, dim))
+        self.register_buffer("pushed", torch.tensor(size if noise else 0))
+        self._count = int(self.pushed)  # the same as `pushed`, on the host: reading a number from a GPU would wait for it
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
@@ -84,14 +92,26 @@ def push(self: KeyQueue,
     self.rows[at] = keys
     self.pushed.fill_(self._count)
 
+# %% ../nbs/08_contrast.ipynb #2f5c0ac5
+@patch
+@torch.no_grad()
+def after(self: KeyQueue,
+    keys: Tensor,  # (n, dim), of any precision
+) -> Tensor:  # `keys` of the queue as they would be after `push(keys)`
+    "Look at a push without doing it."
+    twin = deepcopy(self)
+    twin.push(keys)
+    return twin.keys
+
 # %% ../nbs/08_contrast.ipynb #bf516074
 def momentum_copy(
     module: nn.Module,  # the ordinary branch
-) -> nn.Module:  # a deep copy, its BatchNorms with momentum 0
+    own_statistics: bool = False,  # True: its BatchNorms keep running statistics of what they see themselves (the authors' code)
+) -> nn.Module:  # a deep copy, its BatchNorms with momentum 0 unless they have their own statistics
     "A copy that gets no gradient and changes by `ema_update_` alone."
     copy = deepcopy(module).requires_grad_(False)
     for m in copy.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = 0.0
+        if not own_statistics and isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = 0.0
     return copy
 
 # %% ../nbs/08_contrast.ipynb #4b0aa6ef
@@ -100,9 +120,10 @@ def ema_update_(
     momentum: nn.Module,  # changed in place
     ordinary: nn.Module,  # of the same shape, left as it is
     beta: float,  # share of the old value that stays, 0 .. 1
+    statistics: bool = True,  # False: BatchNorm's running statistics are left out, as in the authors' code
 ):
     "Eq. 9, in place, for weights and running statistics."
-    state = lambda module: [*module.parameters(), *module.buffers()]
+    state = lambda module: [*module.parameters(), *(module.buffers() if statistics else ())]
     pairs = list(zip(state(momentum), state(ordinary), strict=True))
     real = [(m, o) for m, o in pairs if m.is_floating_point()]
     torch._foreach_lerp_([m for m, _ in real], [o for _, o in real], 1 - beta)

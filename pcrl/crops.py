@@ -53,9 +53,11 @@ def random_box(
     edges: np.ndarray,  # of the box, ([D,] H, W), in voxels
     near: np.ndarray|None = None,  # a box, (2, dims), that this one has to overlap; None: anywhere
     min_iou: float = 0.,  # how much of it, as intersection over union; necessary along every axis, not yet sufficient
+    margin: int|Sequence = 0,  # voxels left free at every face of the image, a number or one per axis; less where the box needs the room
 ) -> np.ndarray:  # box, (2, dims): starts, then stops, inside the image
     "Place a box uniformly in the image, or uniformly where it can reach `min_iou` with the box `near`."
-    low, high = np.zeros(len(shape), int), np.subtract(shape, edges)
+    low = np.minimum(margin, np.subtract(shape, edges) // 2)
+    high = np.subtract(shape, edges) - low
     if near is not None:
         need = np.ceil(min_iou * np.maximum(edges, near[1] - near[0])).astype(int)
         low, high = np.clip(near[0] + need - edges, low, high), np.clip(near[1] - need, low, high)
@@ -70,11 +72,12 @@ def random_pair(
     scales: Sequence,  # see `random_edges`
     min_iou: float,  # a pair is kept when its IoU is above this; 0 keeps every pair
     tries: int = 100,
+    margin: int|Sequence = 0,  # see `random_box`
 ) -> tuple:  # two boxes, each (2, dims)
     "Draw two boxes of one image, with sizes and places of their own, that overlap enough."
     for _ in range(tries):
-        a = random_box(rng, shape, random_edges(rng, shape, size, scales))
-        b = random_box(rng, shape, random_edges(rng, shape, size, scales), a if min_iou else None, min_iou)
+        a = random_box(rng, shape, random_edges(rng, shape, size, scales), margin=margin)
+        b = random_box(rng, shape, random_edges(rng, shape, size, scales), a if min_iou else None, min_iou, margin)
         if not min_iou or box_iou(a, b) > min_iou: break
     return a, b
 
@@ -113,6 +116,8 @@ class CropPairs:
         scales: Sequence|None = None,  # see `random_edges`; None: the authors' (`SCALES`)
         min_iou: float|None = None,  # a pair is kept when its IoU is above; None: 0.25 in 3D, no rule in 2D (`MIN_IOU`)
         air: float|None = None,  # 3D: threshold of `is_air`, 0 to 1; None: no cube is rejected
+        max_air: float = 0.15,  # 3D: largest share of air in a cube that is kept
+        margin: int|Sequence = 0,  # voxels left free at the image's faces, see `random_box`
         seed: int = 0,
         tries: int = 100,  # after so many rejected candidates the last one is taken
     ):
@@ -120,7 +125,8 @@ class CropPairs:
         dims = images[0].ndim - 1
         self.images, self.size = images, (size,) * dims if isinstance(size, int) else tuple(size)
         self.scales, self.min_iou = SCALES[dims] if scales is None else scales, MIN_IOU[dims] if min_iou is None else min_iou
-        self.pairs_per_image, self.air, self.seed, self.tries = pairs_per_image, air, seed, tries
+        self.pairs_per_image, self.seed, self.tries = pairs_per_image, seed, tries
+        self.air, self.max_air, self.margin = air, max_air, margin
         if air is not None and dims != 3: raise ValueError(f"air is rejected in 3D only, these images are {dims}D: leave air out")
         for i, x in enumerate(images): _check_fits(i, x.shape, self.size)
 
@@ -141,9 +147,9 @@ def __getitem__(self: CropPairs, key):
     rng = np.random.default_rng([self.seed, epoch, index])
     image = self.images[index // self.pairs_per_image]
     for _ in range(self.tries):
-        boxes = random_pair(rng, image.shape[1:], self.size, self.scales, self.min_iou, self.tries)
+        boxes = random_pair(rng, image.shape[1:], self.size, self.scales, self.min_iou, self.tries, self.margin)
         pair = np.stack([resize_crop(image[(..., *map(slice, *box))], self.size) for box in boxes])
-        if self.air is None or not is_air(pair, self.air).any(): break
+        if self.air is None or not is_air(pair, self.air, self.max_air).any(): break
     return pair
 
 # %% ../nbs/03_crops.ipynb #fc534b19
@@ -175,7 +181,7 @@ def crop_loaders(
     num_workers: int = 0,  # changes the speed and nothing else
     seed: int = 0,
     device: torch.device|None = None,  # where batches go; None: fastai's default
-    **kwargs,  # `scales`, `min_iou`, `air`, `tries` of `CropPairs`
+    **kwargs,  # `scales`, `min_iou`, `air`, `max_air`, `margin`, `tries` of `CropPairs`
 ) -> DataLoaders:  # `train` and `valid`, of batches `(crops,)`, crops (bs, 2, C, [D,] H, W)
     "DataLoaders of crop pairs: the training order is shuffled anew each epoch, validation is always the same."
     train, valid = (CropPairs(o, size, pairs_per_image, seed=seed, **kwargs) for o in (train_images, valid_images))

@@ -16,13 +16,15 @@ def sample_lam(
     n: int,  # batch size
     alpha: float = 1.0,  # of Beta(alpha, alpha)
     per_sample: bool = True,  # False: one lam for the whole batch
+    larger_share: bool = False,  # True: max(lam, 1 - lam), so that the ordinary path always has the larger share (the authors' code)
     generator: torch.Generator | None = None,  # source of the random numbers, on `device`
     device: torch.device | str | None = None,  # where lam lives
 ) -> Tensor:  # lam, (n,), in [0, 1]
     "Draw the mixing weights from Beta(alpha, alpha)."
     concentration = torch.full((2, n if per_sample else 1), float(alpha), device=device)
     a, b = torch._standard_gamma(concentration, generator=generator)
-    return (a / (a + b)).expand(n).contiguous()
+    lam = (torch.maximum(a, b) if larger_share else a) / (a + b)
+    return lam.expand(n).contiguous()
 
 # %% ../nbs/07_crossmix.ipynb #6fac2503
 def mix(
