@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnet18
 
 from .contrast import ema_update_, nce_loss
-from .model import PCRL, RECIPES
+from .model import PCRL
+from .recipes import RECIPES
 from .timing import conditions, time_in_turn
 from .unet import UNet, keep_freed_memory
 

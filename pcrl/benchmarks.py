@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pandas as pd, torch
 
-from .bench_step import step_suite
+from .bench_step import contrast_suite, flops_suite, memory_suite, step_suite
+from .bench_views import views_suite
 from .runs import write_whole
 
 # %% ../nbs/17c_benchmarks.ipynb #ac1af781
-SUITES = {"step": step_suite}
+SUITES = {"step": step_suite, "flops": flops_suite, "views": views_suite, "contrast": contrast_suite, "memory": memory_suite}
 
 # %% ../nbs/17c_benchmarks.ipynb #b2cc9515
 def bench_figure(

@@ -162,12 +162,12 @@ def finetune(
 @app.command()
 @one_sentence
 def bench(
-    suite: Annotated[str, typer.Option(help="What to measure: `step`.")] = "step",
-    out: Annotated[Path, typer.Option(help="Folder for bench.csv.")] = Path("results"),
+    suite: Annotated[str, typer.Option(help="What to measure: `step`, `flops`, `views`, `contrast` or `memory`.")] = "step",
+    out: Annotated[Path, typer.Option(help="Folder for bench.csv and the chart.")] = Path("results"),
     repeats: Annotated[int, typer.Option(min=1, help="Times that each side is run; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
 ):
-    """Measure what a training step costs, as ratios."""
+    """Measure speed and memory beside floors and peers, as ratios; see the notebook `benchmarks`."""
     import torch
     from pcrl.benchmarks import bench
     torch.set_num_threads(threads)

@@ -13,7 +13,6 @@ import json, multiprocessing, os, shutil, threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch

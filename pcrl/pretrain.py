@@ -26,9 +26,11 @@ from torch import nn
 from .crops import crop_loaders
 from .datasets import split_by_patient
 from .model import METHODS
+from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe
 from .store import Store, build_store
 from .runs import CosineDecay, EpochFigures, FiniteGuard, KeepBest, RunFolder
+from .unet import keep_freed_memory
 
 # %% ../nbs/10_pretrain.ipynb #8c2b1c61
 class MethodStep(Callback):
@@ -138,7 +140,8 @@ def pretrain_learner(
     _check_crops(dls, dims, model.divisor)
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[dims - 2])
     figures = EpochFigures()
-    cbs = [MethodStep(seed), FiniteGuard(), figures, *_schedule(recipe)]
+    cbs = [MethodStep(seed), FiniteGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
+    if dls.device.type == "cpu": keep_freed_memory()
     if run is not None:
         cbs.append(RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
                                        data=data, seed=seed, crop_size=sample.shape[2:], batch_size=dls.train.bs, steps_per_epoch=len(dls.train))))

@@ -8,7 +8,7 @@ Docs: https://pcrl-team.github.io/pcrl/recipes.html.md"""
 __all__ = ['CHOICES', 'RECIPES', 'ITEMS', 'Recipe', 'get_recipe', 'recipe_table', 'loader_settings', 'store_settings']
 
 # %% ../nbs/08b_recipes.ipynb #401d4144
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from .crops import MIN_IOU, SCALES
 
