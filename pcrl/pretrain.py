@@ -141,7 +141,7 @@ def pretrain_learner(
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[dims - 2])
     figures = EpochFigures()
     cbs = [MethodStep(seed), FiniteGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
-    if dls.device.type == "cpu": keep_freed_memory()
+    if torch.device(dls.device).type == "cpu": keep_freed_memory()
     if run is not None:
         cbs.append(RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
                                        data=data, seed=seed, crop_size=sample.shape[2:], batch_size=dls.train.bs, steps_per_epoch=len(dls.train))))
