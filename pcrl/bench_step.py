@@ -275,7 +275,7 @@ def moco_over_lightly(
     opt = torch.optim.SGD([*model.ordinary.encoder.parameters(), *model.ordinary.projector.parameters()], lr=1e-3, momentum=0.9)
     model.queue.push(torch.nn.functional.normalize(torch.randn(model.recipe.queue_size, 128, device=device), dim=1))
     x_m, lightly = crops[:, 1].contiguous(memory_format=torch.channels_last), _lightly_step(model.recipe.queue_size, device)
-    return time_in_turn(lambda: _contrast_step(model, x_o, x_m, opt), lambda: lightly(x_o, x_m), repeats, device)
+    return time_in_turn(lambda: _contrast_step(model, x_o, x_m, opt), lambda: lightly(x_o, x_m), repeats, device, warmup=3)
 
 
 def contrast_suite(

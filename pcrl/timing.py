@@ -29,9 +29,10 @@ def time_in_turn(
     peer: Callable,
     repeats: int = 5,
     device: torch.device = torch.device("cpu"),
+    warmup: int = 1,  # calls of each that are not counted
 ) -> dict[str, float]:  # ours and peer: median seconds; ratio: median of ours / peer, pair by pair
-    "Time two functions alternately, after one call of each that is not counted."
-    for run in (ours, peer): run()
+    "Time two functions alternately, after some calls of each that are not counted."
+    for run in (ours, peer) * warmup: run()
     pairs = np.array([[_seconds(ours, device), _seconds(peer, device)] for _ in range(repeats)])
     return dict(zip(("ours", "peer"), np.median(pairs, 0))) | dict(ratio=np.median(pairs[:, 0] / pairs[:, 1]))
 

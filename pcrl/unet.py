@@ -69,7 +69,7 @@ class ResNetEncoder(nn.Module):
     def forward(self,
         x: Tensor,  # images, (B, in_channels, H, W), H and W multiples of 32
     ) -> list[Tensor]:  # F^1 .. F^5
-        pyramid = [F.relu(self.bn1(self.conv1(x)))]
+        pyramid = [F.relu(self.bn1(self.conv1(x)), inplace=True)]
         x = F.max_pool2d(pyramid[0], 3, stride=2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4): pyramid.append(x := stage(x))
         return pyramid
@@ -172,12 +172,19 @@ class UpBlock(nn.Module):
         x: Tensor,  # from below, (B, c_in, [D,] H, W)
         skip: Tensor | None = None,  # (B, c_skip, [2D,] 2H, 2W)
     ) -> Tensor:  # (B, c_out, [2D,] 2H, 2W)
-        (conv, *norm_relu), second = self.convs
+        return self.convs[1](self.join(x, skip))
+
+    def join(self,
+        x: Tensor,  # as in `forward`
+        skip: Tensor | None = None,
+    ) -> Tensor:  # (B, c_out, [2D,] 2H, 2W)
+        "All but the second convolution."
+        conv, *norm_relu = self.convs[0]
         voxels = x.shape[2:].numel() * len(x) * 2 ** (x.ndim - 2)
         if x.device.type == "cpu" and (x.ndim == 4 or voxels > 12 * x.shape[1]): y = _up_and_conv(self.up, conv.weight, x, skip)
         else: y = conv(self.up(x) if skip is None else torch.cat([self.up(x), skip], 1))
         for layer in norm_relu: y = layer(y)
-        return second(y)
+        return y
 
 # %% ../nbs/05_unet.ipynb #797c51ba
 @contextmanager
@@ -190,10 +197,11 @@ def _running_statistics_kept(block: nn.Module):
         for m, buffers in own.items(): m._buffers = buffers
 
 
-def _checkpointed(block: nn.Module, *args: Tensor | None) -> Tensor:
-    "`block(*args)`, of which only `args` are kept for the backward pass."
+def _checkpointed(block: UpBlock, x: Tensor, skip: Tensor | None) -> Tensor:
+    "`block(x, skip)`, keeping the inputs of its two halves alone for the backward pass."
     contexts = lambda: (nullcontext(), _running_statistics_kept(block))
-    return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return recompute(block.convs[1], recompute(block.join, x, skip))
 
 # %% ../nbs/05_unet.ipynb #4d599a8d
 class Decoder(nn.Module):
@@ -203,7 +211,7 @@ class Decoder(nn.Module):
         channels: list[int],  # of F^1 .. F^l
         out_channels: int,  # of the image
         norm: str = "batch",  # or "group"
-        checkpoint: bool = False,  # keep each level's input alone and compute the rest again in the backward pass
+        checkpoint: bool = False,  # keep the inputs of each half of a level alone and compute the rest again in the backward pass
     ):
         super().__init__()
         self.checkpoint = checkpoint
@@ -218,7 +226,7 @@ class Decoder(nn.Module):
         pyramid: list[Tensor],  # F^1 .. F^l, the finest first
     ) -> Tensor:  # image, (B, out_channels, [D,] H, W)
         x, skips = pyramid[-1], pyramid[-2::-1]
-        run = _checkpointed if self.checkpoint and torch.is_grad_enabled() else lambda block, *args: block(*args)
+        run = _checkpointed if self.checkpoint and torch.is_grad_enabled() else UpBlock.__call__
         for i, block in enumerate(self.blocks): x = run(block, x, skips[i] if i < len(skips) else None)
         if x.ndim == 4: return self.head(x)
         return F.linear(x.movedim(1, -1), self.head.weight.flatten(1), self.head.bias).movedim(-1, 1)  # 1x1x1: faster than conv3d
