@@ -144,8 +144,8 @@ def recipe_flops(
 ) -> dict[str, int]:  # operations in a step's encoders, decoder, TransAtt and total
     "What the networks of a step compute, forward and backward."
     views = _views_on_meta(dims, shape, bs, recipe)
-    with torch.device("meta"): model = PCRL(dims, recipe, width=width, contrast="softmax")  # a count cannot depend on values, as the binary NCE does
-    flops = _count(lambda: model.loss(model(views), views).loss.backward())
+    with torch.device("meta"): model = PCRL(dims, recipe, width=width)
+    flops = _count(lambda: sum(o.mean() for o in model(views).values() if o.requires_grad).backward())
     of = lambda part: sum(flops.get(f"PCRL.{branch}.{part}", 0) for branch in ("ordinary", "momentum"))
     decoder, transatt, total = flops["PCRL.decoder"], of("transatt"), flops["Global"]
     return dict(encoder=total - decoder - transatt - of("projector"), decoder=decoder, transatt=transatt, total=total)

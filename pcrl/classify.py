@@ -85,6 +85,7 @@ def classify_learner(
     labels: list[str],  # names, in the order of the targets
     init: str | Path | None = None,  # a pretraining run; None starts from scratch
     width: int = 64,  # channels of F^1; must be the run's
+    net: dict | None = None,  # more settings of the `UNet`; must be the run's
     lr: float = 1e-4,  # the paper's, for a network of full width
     seed: int = 0,  # of the starting weights
     run: str | Path | None = None,  # folder to write to; None writes nothing
@@ -95,12 +96,12 @@ def classify_learner(
     Raises FileNotFoundError if `init` is not a run, ValueError if its network is another one."""
     _, channels, *size = dls.train.one_batch()[0].shape
     torch.manual_seed(seed)
-    net = UNet(len(size), channels, width)
-    model = Classifier(net.encoder, len(labels))
-    if init is not None: load_weights_(net, init)
+    unet = UNet(len(size), channels, width, **(net or {}))
+    model = Classifier(unet.encoder, len(labels))
+    if init is not None: load_weights_(unet, init)
     settings = dict(title=f"classification of {', '.join(labels)}", task="classify", dims=len(size), in_channels=channels,
                     width=width, labels=labels, size=size, init=str(init or "scratch"), data=data, seed=seed,
-                    batch_size=dls.train.bs)
+                    batch_size=dls.train.bs, **(net or {}))
     return finetune_learner(dls, model, F.binary_cross_entropy_with_logits, ("encoder", "head"), lr, run, settings)
 
 # %% ../nbs/12_classify.ipynb #4a04fd4a

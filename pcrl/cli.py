@@ -102,16 +102,17 @@ def pretrain(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, searched with all its subfolders, or a store made from one.")],
     out: Out,
     dims: Dims = 3,
-    epochs: Epochs = 100,
-    recipe: Annotated[str, typer.Option(help="The method's settings, by name.")] = "paper",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images; the recipe's, or 100.")] = None,
+    recipe: Annotated[str, typer.Option(help="The method's settings: `paper`, or `official` for those of the authors' code.")] = "paper",
     crop: Crop = None,
-    bs: Annotated[int, typer.Option(min=2, help="Crop pairs in a batch.")] = 8,
-    pairs_per_image: Annotated[int, typer.Option(min=1, help="Crop pairs drawn from each image in an epoch.")] = 1,
+    bs: Annotated[int | None, typer.Option(min=2, help="Crop pairs in a batch; the recipe's, or 8.")] = None,
+    pairs_per_image: Annotated[int | None, typer.Option(min=1, help="Crop pairs drawn from each image in an epoch; the recipe's if left out.")] = None,
     width: Annotated[int, typer.Option(help="Channels of the first level; 64 is the paper's, 16 suits a CPU.")] = 64,
     lr: Annotated[float | None, typer.Option(help="Learning rate; the recipe's if left out.")] = None,
     valid: Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of the patients that is kept for validation.")] = 0.1,
     size: Size = 256,
-    spacing: Spacing = (1.0, 1.0, 1.0),
+    spacing: Annotated[tuple[float, float, float] | None, typer.Option(
+        help="3D: spacing in mm (z y x) to which volumes are brought; the recipe's, or 1 1 1.")] = None,
     window: Window = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read crops.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the split, the starting weights and all views.")] = 0,
@@ -119,11 +120,15 @@ def pretrain(
 ):
     """Pretrain an encoder on a folder of unlabelled images. They are read once into the store OUT-store, which later runs use."""
     from pcrl import pretrain as p, runs
-    crop, settings = parse_crop(crop, dims), {} if lr is None else dict(lr=lr)
-    store = p.open_store(src, out.with_name(f"{out.name}-store"), dims, spacing if dims == 3 else None, size if dims == 2 else None, window)
-    dls = p.store_loaders(store, crop, bs, valid, seed, pairs_per_image=pairs_per_image, num_workers=workers)
+    from pcrl.recipes import get_recipe, loader_settings
+    r, settings = get_recipe(recipe, dims), {} if lr is None else dict(lr=lr)
+    given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
+    crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
+    spacing, size = (spacing or r.spacing or (1.0, 1.0, 1.0), None) if dims == 3 else (None, size)
+    store = p.open_store(src, out.with_name(f"{out.name}-store"), dims, spacing, size, window or r.window)
+    dls = p.store_loaders(store, crops.pop("size"), crops.pop("bs"), valid, seed, num_workers=workers, **crops)
     learn = p.pretrain_learner(dls, dims, recipe=recipe, width=width, run=out, data=f"{len(store)} images of {src.name}", seed=seed, **settings)
-    learn.fit(epochs, start_epoch=runs.resume(learn) if resume else 0)
+    learn.fit(epochs or r.epochs or 100, start_epoch=runs.resume(learn) if resume else 0)
     typer.echo(f"Run: {out} (curves: {out / 'figures' / 'log.png'}, card: {out / 'card.md'})")
 
 # %% ../nbs/20_cli.ipynb #e6d987d3

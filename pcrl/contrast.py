@@ -66,8 +66,8 @@ class KeyQueue(nn.Module):
         if size < 1: raise ValueError(f"a queue of {size} keys cannot be contrasted with: choose 1 or more")
         edge = (3 / dim) ** 0.5  # of noise whose keys have a mean square length of 1
         self.register_buffer("rows", torch.empty(size, dim).uniform_(-edge, edge) if noise else torch.zeros(size, dim))
-        self.register_buffer("pushed", torch.tensor(size if noise else 0))
-        self._count = int(self.pushed)  # the same as `pushed`, on the host: reading a number from a GPU would wait for it
+        self._count = size if noise else 0  # the same as `pushed`, on the host: reading a number from a GPU would wait for it
+        self.register_buffer("pushed", torch.tensor(self._count))
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)

@@ -51,9 +51,10 @@ def _learner(
     **settings,  # of `segment_learner` or `classify_learner`
 ) -> Learner:
     "Loaders and learner for the cases' task."
-    width = width or (read_config(init)["width"] if init else 64)
+    of_run = read_config(init) if init else {}
+    width, net = width or of_run.get("width", 64), {k: of_run[k] for k in ("norm", "backbone") if k in of_run}
     data = f"{len(cases.part('train'))} labelled cases of {cases.name}: {cases.note}"
-    settings |= dict(init=init, width=width, seed=seed, data=data)
+    settings |= dict(init=init, width=width, net=net, seed=seed, data=data)
     if cases.task == "segment":
         loaders = segment_loaders(cases, crop, bs, crops_per_epoch, seed=seed)
         return segment_learner(loaders, cases.classes, loss=loss, **settings)

@@ -177,22 +177,24 @@ def plot_log(
 
 # %% ../nbs/09a_runs.ipynb #1c70e051
 class KeepBest(Callback):
-    "Remember in `weights` the parts of the epoch with the lowest validation loss; stop after `patience` epochs without a lower one."
+    "Remember in `weights` the parts of the epoch with the lowest validation loss, or of the last; stop after `patience` epochs without a lower one."
     order = 30
     def __init__(self,
         parts: tuple[str, ...] = ("encoder", "decoder"),  # names of the model's parts that make the result
         patience: int | None = None,  # epochs; None never stops
+        keep: str = "best",  # or "last": the last epoch's, whatever its validation loss
         restore: bool = True,  # put the best back into the model at the end; if the parts are not all of it, that mixes two epochs
     ):
-        self.parts, self.patience, self.restore = parts, patience, restore
+        self.parts, self.patience, self.keep, self.restore = parts, patience, keep, restore
         self.best, self.bad_epochs, self.weights = math.inf, 0, {}
 
     def after_validate(self):
         loss = self.epoch_figures.last("valid_loss")
         self.improved = loss < self.best
         self.bad_epochs = 0 if self.improved else self.bad_epochs + 1
-        if self.improved:
-            self.best, copy = loss, lambda v: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        if self.improved: self.best = loss
+        if self.improved or self.keep == "last":
+            copy = lambda v: v.detach().cpu().clone(memory_format=torch.contiguous_format)
             self.weights = {part: {k: copy(v) for k, v in getattr(self.model, part).state_dict().items()} for part in self.parts}
 
     def after_epoch(self):
@@ -226,10 +228,11 @@ def model_card(
     "A run's settings and its last figures, for whoever is handed its weights."
     flat = {k: v for k, v in config.items() if not isinstance(v, dict)}
     flat |= {f"{k}: {name}": v for k, group in config.items() if isinstance(group, dict) for name, v in group.items()}
-    best = min(rows, key=lambda row: row["valid_loss"])
+    last = config.get("recipe", {}).get("keep") == "last"
+    best = rows[-1] if last else min(rows, key=lambda row: row["valid_loss"])
     table = lambda head, d: "\n".join([f"| {head} | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in d.items())])
     origin = (f"{len(rows)} of {config['epochs']} epochs were run; the weights are those of epoch {best['epoch']}, "
-              "which had the lowest validation loss. Curves: `figures/log.png`.")
+              f"{'the last' if last else 'which had the lowest validation loss'}. Curves: `figures/log.png`.")
     return "\n\n".join([f"# {config['title']}", "Research use only; not for diagnosis.", origin, table("setting", flat),
                         table(f"figure in epoch {best['epoch']}", best)]) + "\n"
 
@@ -258,7 +261,7 @@ class RunFolder(Callback):
 def after_validate(self: RunFolder):
     "Write what an epoch gave."
     write_whole(self.path / "log.csv", lambda p: _write_rows(self.epoch_figures.rows, p))
-    if self.keep_best.improved:
+    if self.keep_best.improved or self.keep_best.keep == "last":
         metadata = dict(title=self.settings["title"], epoch=str(self.epoch))
         for part, weights in self.keep_best.weights.items():
             write_whole(self.path / f"{part}.safetensors", lambda p: save_file(weights, p, metadata))
@@ -335,6 +338,12 @@ def resume(
     return state["epoch"] + 1
 
 # %% ../nbs/09a_runs.ipynb #83f380b0
+def _net_config(config: dict) -> dict:
+    "The settings of a run's U-Net, with their defaults where the run's config does not say."
+    standard = UNet(config["dims"], width=4).config
+    return {k: config.get(k, default) for k, default in standard.items()}
+
+
 def load_weights_(
     net: UNet,
     run: str | Path,  # a run folder with an encoder, and a decoder or not
@@ -343,7 +352,7 @@ def load_weights_(
 
     Raises FileNotFoundError if the folder is not a run or has no weights yet, ValueError if the run's network is another one."""
     config, run = read_config(run), Path(run)
-    theirs, ours = ({k: get(k) for k in ("dims", "in_channels", "width")} for get in (config.get, partial(getattr, net)))
+    theirs, ours = ({k: c[k] for k in ("dims", "in_channels", "width", "norm", "backbone")} for c in (_net_config(config), net.config))
     if theirs != ours: raise ValueError(f"{run} has a network of {theirs}, but {ours} is asked for: choose the run's own")
     for part in ("encoder", "decoder"):
         if not (run / f"{part}.safetensors").exists():
@@ -361,8 +370,7 @@ def load_unet(
     """The U-Net of a run, with the weights of its best epoch.
 
     Raises FileNotFoundError if the folder is not a run, or has no weights yet."""
-    config = read_config(run)
-    return load_weights_(UNet(config["dims"], config["in_channels"], config["width"], config.get("out_channels")), run)
+    return load_weights_(UNet(**_net_config(read_config(run))), run)
 
 # %% ../nbs/09a_runs.ipynb #0f728e64
 class LossWithFigures:

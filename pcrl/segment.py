@@ -114,6 +114,7 @@ def segment_learner(
     classes: list[str],  # names of the masks' values 1, 2, ...
     init: str | Path | None = None,  # a pretraining run; None starts from scratch
     width: int = 64,  # channels of F^1; must be the run's
+    net: dict | None = None,  # more settings of the `UNet`; must be the run's
     lr: float = 1e-4,  # the paper's, for a network of full width
     loss: str = "dice",  # a name in `LOSSES`; "dice" is the paper's
     seed: int = 0,  # of the starting weights
@@ -126,12 +127,12 @@ def segment_learner(
     if loss not in LOSSES: raise ValueError(f"there is no loss {loss!r}: choose one of {', '.join(LOSSES)}")
     _, channels, *size = dls.train.one_batch()[0].shape
     torch.manual_seed(seed)
-    model = UNet(len(size), channels, width, out_channels=1 + len(classes))
+    model = UNet(len(size), channels, width, out_channels=1 + len(classes), **(net or {}))
     if init is not None: load_weights_(model, init)
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[len(size) - 2])
     settings = dict(title=f"segmentation of {', '.join(classes)}", task="segment", dims=len(size), in_channels=channels,
                     width=width, out_channels=1 + len(classes), classes=classes, size=size, init=str(init or "scratch"),
-                    data=data, seed=seed, batch_size=dls.train.bs, loss=loss)
+                    data=data, seed=seed, batch_size=dls.train.bs, loss=loss, **(net or {}))
     return finetune_learner(dls, model, LOSSES[loss], ("encoder", "decoder"), lr, run, settings)
 
 # %% ../nbs/13_segment.ipynb #8da4ac6b

@@ -54,6 +54,14 @@ def test_pretrain_writes_a_run_folder_and_a_store(run):
     assert json.loads((run / "config.json").read_text())["recipe"]["name"] == "paper"
 
 
+def test_pretrain_by_the_authors_recipe(run, slices, tmp_path):
+    "Their three channels, their last epoch; what the command line says goes before what the recipe says."
+    pcrl("pretrain", run.with_name("pretrained-store"), "--out", tmp_path / "run", "--epochs", 1, "--recipe", "official", *SMALL_2D)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["recipe"]["name"], config["in_channels"], config["batch_size"], config["crop_size"]) == ("official", 3, 4, [32, 32])
+    assert "are those of epoch 0, the last" in (tmp_path / "run" / "card.md").read_text()
+
+
 def test_pretrain_does_not_overwrite_a_run(run, slices):
     before = (run / "encoder.safetensors").read_bytes()
     assert "holds a run already" in complaint("pretrain", slices / "images", "--out", run, *SMALL_2D)
