@@ -286,6 +286,7 @@ def step(dims, seed=0, n=2, training=True, **settings):
     "A tiny model, the views of one step and its outputs, in float64 where the code allows it."
     torch.manual_seed(seed)
     model = PCRL(dims, width=4, queue_size=12, projection=8, **settings).double().train(training)
+    for p in model.momentum.parameters(): p.add_(.1 * torch.randn(p.shape))  # after some steps it is another encoder
     crops = torch.rand(n, 2, 1, *[32 if dims == 2 else 16] * dims)
     views = model.views(crops, torch.Generator().manual_seed(seed))
     views = AttrDict({name: v.double() for name, v in views.items()})
