@@ -60,8 +60,9 @@ def stale_queue(
     "Whether keys are told apart by their age, and images are not."
     gap, batch_gap = figures.get("logit_gap", math.nan), figures.get("batch_gap", math.nan)
     if gap > 0.1 and batch_gap < 0.01:
-        return (f"the queue is stale: a positive is {gap:.2f} above the queue's keys but {batch_gap:.3f} above other images, so keys are told apart "
-                f"by age. A queue of {scale.keys} goes back {scale.age:.0f} steps, the momentum encoder averages over {scale.horizon:.0f}: choose a smaller queue_size")
+        return (f"the queue is stale: a positive is {gap:.2f} above the queue's keys but {batch_gap:.3f} above other images, "
+                f"so keys are told apart by age. A queue of {scale.keys} goes back {scale.age:.0f} steps, "
+                f"the momentum encoder averages over {scale.horizon:.0f}: choose a smaller queue_size")
 
 # %% ../nbs/09c_monitors.ipynb #a64330af
 def stuck_loss(
@@ -85,13 +86,13 @@ def collapse_causes(
 ) -> dict[str, str]:  # names of `CAUSES`, and what the last epoch shows, in words
     "What is wrong with a run at the end of its log; empty if nothing is, or if it is too short to tell."
     if len(rows) < patience: return {}
-    last = [{name.removeprefix("train_"): v for name, v in row.items() if name.startswith("train_")} for row in rows[-patience:]]
-    found = {name: [cause(figures, scale) for figures in last] for name, cause in CAUSES.items()}
+    train = lambda row: {name.removeprefix("train_"): v for name, v in row.items() if name.startswith("train_")}
+    found = {name: [cause(train(row), scale) for row in rows[-patience:]] for name, cause in CAUSES.items()}
     return {name: said[-1] for name, said in found.items() if all(said)}
 
 # %% ../nbs/09c_monitors.ipynb #199696ca
 class CollapseMonitor(Callback):
-    "Warn, once for each cause and run, when the contrast has died; `causes` holds the sentences by the names of `CAUSES`. Reads `EpochFigures`."
+    "Warn, once for each cause and run, when the contrast has died; reads `EpochFigures`. `causes` holds the sentences by name."
     order = 25
     def __init__(self,
         patience: int = 5,  # epochs that a cause must hold in a row
@@ -110,4 +111,5 @@ def run_scale(
 ) -> Scale:
     "Batch, width and number of keys of a training."
     queue, recipe = (getattr(learn.model, name, None) for name in ("queue", "recipe"))
-    return Scale(learn.dls.train.bs, learn.model.encoder.channels[-1], 0 if queue is None else len(queue.keys), getattr(recipe, "beta", 0.0))
+    keys = 0 if queue is None else len(queue.keys)
+    return Scale(learn.dls.train.bs, learn.model.encoder.channels[-1], keys, getattr(recipe, "beta", 0.0))

@@ -52,7 +52,7 @@ def _batch_tensors(
 
 # %% ../nbs/09a_runs.ipynb #9541ba9e
 class FiniteGuard(Callback):
-    """Raise FloatingPointError at a loss, or at gradients, that are NaN or infinite, before the step that would spread them over the weights.
+    """Raise FloatingPointError at a loss or gradients that are NaN or infinite, before the step that would spread them over the weights.
 
     In a `RunFolder`'s folder the batch is kept under `failed/`: its tensors, and a JSON file that says which batch it was.
     What a forward pass alone changes, the running statistics of BatchNorm, has seen the batch."""
@@ -107,7 +107,8 @@ def check_bfloat16(
     on = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     depths = {v.shape[2] for v in _batch_tensors(xb, ()).values() if v.ndim == 5} if on else ()
     for depth in depths:
-        if depth in (8, 16): raise ValueError(f"in bfloat16 on a CPU the gradients of crops of {depth} slices are wrong: take 24 or more, or float32")
+        if depth in (8, 16):
+            raise ValueError(f"in bfloat16 on a CPU the gradients of crops of {depth} slices are wrong: take 24 or more, or float32")
 
 
 @patch
