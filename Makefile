@@ -45,5 +45,6 @@ readme: setup  ## make README.md from nbs/index.ipynb
 docs: setup  ## build the site into _docs/
 	$(in_venv) python tools/docs.py
 
-bench: setup  ## measure a training step, tables in results/
-	$(in_venv) pcrl bench --suite step --out results
+bench: setup  ## measure speed and memory beside floors and peers, tables and charts in results/
+	$(in_venv) python -m pip install -q -c constraints.txt -e '.[bench]'
+	$(in_venv) set -e; for suite in step flops views contrast memory; do OMP_NUM_THREADS=1 pcrl bench --suite $$suite --out results; done
