@@ -232,9 +232,9 @@ def _contrast_step(model: PCRL, x_o: Tensor, x_m: Tensor, opt: torch.optim.Optim
     "A step with the contrast alone."
     embed = lambda branch, x: branch.projector(branch.encoder(x)[-1])
     with torch.no_grad(): g_m = embed(model.momentum, x_m)
-    g_o, opt_keys = embed(model.ordinary, x_o), model.queue.keys
+    g_o = embed(model.ordinary, x_o)
     opt.zero_grad()
-    nce_loss(g_o, g_m, opt_keys, model.recipe.tau).backward()
+    nce_loss(g_o, g_m, model.queue.keys, model.recipe.tau).backward()
     opt.step()
     for part in ("encoder", "projector"): ema_update_(getattr(model.momentum, part), getattr(model.ordinary, part), model.recipe.beta)
     model.queue.push(torch.cat([g_o.detach(), g_m]))
