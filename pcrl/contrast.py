@@ -138,10 +138,11 @@ def logit_stats(
     queue: Tensor,  # keys, (N, dim), unit length; may be empty
 ) -> dict[str, Tensor]:  # scalars; cosines
     "Mean cosine with positive and queue, and the gaps to queue and batch; nan where there are no negatives."
-    similarity = q @ k.T
+    with torch.autocast(q.device.type, enabled=False):
+        similarity, to_queue = q.float() @ k.float().T, q.float() @ queue.float().T
     positive = similarity.diagonal().mean()
     off_diagonal = similarity[~torch.eye(len(q), dtype=torch.bool, device=q.device)]
-    negative, batch_negative = (q @ queue.T).mean(), off_diagonal.mean()
+    negative, batch_negative = to_queue.mean(), off_diagonal.mean()
     return dict(positive=positive, negative=negative,
                 logit_gap=positive - negative, batch_gap=positive - batch_negative)
 

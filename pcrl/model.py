@@ -175,12 +175,14 @@ def attend(self: PCRL,
     views: AttrDict,
 ) -> dict[str, list[Tensor]]:  # the pyramids of o, m and h, F^{l+1} in the place of F^l
     "CrossMix and TransAtt."
-    o = self.ordinary.attend(pyramid_o, views.vec_o)
-    if self.recipe.hybrid_transform:
-        with torch.no_grad(): m = self.momentum.attend(pyramid_m, views.vec_m)
-        return dict(o=o, m=m, h=self.ordinary.attend(crossmix(pyramid_o, pyramid_m, views.lam), views.vec_h))
-    m = self.ordinary.attend(pyramid_m, views.vec_m)
-    return dict(o=o, m=m, h=crossmix(o, m, views.lam))
+    if not self.recipe.hybrid_transform:
+        o, m = self.ordinary.attend(pyramid_o, views.vec_o), self.ordinary.attend(pyramid_m, views.vec_m)
+        return dict(o=o, m=m, h=crossmix(o, m, views.lam))
+    with torch.no_grad(): m = self.momentum.attend(pyramid_m, views.vec_m)
+    h = crossmix(pyramid_o, pyramid_m, views.lam)
+    both = torch.cat([pyramid_o[-1], h[-1]]), torch.cat([views.vec_o, views.vec_h])  # in one call, since W is large
+    deep_o, deep_h = self.ordinary.transatt(*both).chunk(2)
+    return dict(o=[*pyramid_o[:-1], deep_o], m=m, h=[*h[:-1], deep_h])
 
 # %% ../nbs/09_model.ipynb #bacdc4d0
 @patch
@@ -209,7 +211,7 @@ def decode(self: PCRL,
     "Pyramids to images, by the one decoder."
     if self.recipe.decode_together: images = self.decoder([torch.cat(maps) for maps in zip(*pyramids)])
     else: images = torch.cat([self.decoder(pyramid) for pyramid in pyramids])
-    return images.sigmoid() if self.recipe.sigmoid_output else images
+    return images.float().sigmoid() if self.recipe.sigmoid_output else images
 
 # %% ../nbs/09_model.ipynb #b5d4f63a
 @patch

@@ -64,7 +64,7 @@ def _gather(
     "Read every voxel of the result from the place in the input that the signed permutation names."
     h, w = x.shape[-2:]
     grid = torch.stack(torch.meshgrid(_centred(h, x.device), _centred(w, x.device), indexing="ij"), -1)
-    y, xs = torch.einsum("bij,hwj->ibhw", plane, grid)
+    with torch.autocast(x.device.type, enabled=False): y, xs = torch.einsum("bij,hwj->ibhw", plane, grid)  # places must stay exact
     planes = ((y + (h - 1)) / 2).long(), ((xs + (w - 1)) / 2).long()
     batch = torch.arange(len(x), device=x.device).view(-1, 1, 1)
     if z_sign is None: return x[batch, :, planes[0], planes[1]].movedim(-1, 1)
