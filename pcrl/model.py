@@ -211,7 +211,8 @@ def decode(self: PCRL,
     "Pyramids to images, by the one decoder."
     if self.recipe.decode_together: images = self.decoder([torch.cat(maps) for maps in zip(*pyramids)])
     else: images = torch.cat([self.decoder(pyramid) for pyramid in pyramids])
-    return images.float().sigmoid() if self.recipe.sigmoid_output else images
+    if not self.recipe.sigmoid_output: return images
+    return images.to(torch.promote_types(images.dtype, torch.float32)).sigmoid()  # in bfloat16 it is 1 from a logit of 6 on
 
 # %% ../nbs/09_model.ipynb #b5d4f63a
 @patch
