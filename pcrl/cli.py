@@ -36,6 +36,7 @@ def one_sentence(
     def run(*args, **kwargs):
         warnings.filterwarnings("ignore", category=FutureWarning)  # other libraries' own, at import
         os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # in the demo's processes too
+        warnings.formatwarning = lambda message, *_, **__: f"pcrl: {message}\n"
         try: return command(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError) as e:
             sentence = str(e).rpartition("`:\n\t")[2]  # fastai puts the name of its callback before an error's own words

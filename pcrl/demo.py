@@ -9,7 +9,7 @@ __all__ = ['STORIES', 'Story', 'find_story', 'load_cases', 'TellProgress', 'pret
            'write_report', 'demo']
 
 # %% ../nbs/19_demo.ipynb #bc828711
-import json, multiprocessing, os, shutil, threading
+import json, multiprocessing, os, shutil, threading, warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -23,6 +23,7 @@ from .crops import crop_loaders
 from .datasets import Cases, brain_cases, hippocampus_cases, nih_cases
 from .diagnose import answers_figure, ask_every_transform, obedience, paths_figure
 from .finetune import finetune
+from .monitors import CollapseWarning
 from .pretrain import pretrain_learner
 from .report import comparison_figure, figure_html, paragraph, side_by_side, summarise, table_html, verdict, write_page
 from .runs import plot_log, write_whole
@@ -215,6 +216,7 @@ def write_report(
 def _work(data, dims, story, seed, out, channel):
     "A seed in a process of its own; progress goes into the channel."
     if not torch.cuda.is_available(): torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=CollapseWarning)  # the report says it
     return run_seed(data, dims, story, seed, out, lambda *progress: channel.put((seed, *progress)))
 
 
