@@ -15,6 +15,7 @@ import pandas as pd, torch
 from .bench_step import contrast_suite, flops_suite, memory_suite, step_suite
 from .bench_views import views_suite
 from .runs import write_whole
+from .unet import keep_freed_memory
 
 # %% ../nbs/17c_benchmarks.ipynb #ac1af781
 SUITES = {"step": step_suite, "flops": flops_suite, "views": views_suite, "contrast": contrast_suite, "memory": memory_suite}
@@ -48,6 +49,7 @@ def bench(
     Raises ValueError for an unknown suite."""
     if suite not in SUITES: raise ValueError(f"there is no suite {suite!r}: choose one of {', '.join(SUITES)}")
     device, out = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(out)
+    if device.type == "cpu": keep_freed_memory()  # as in training; peers gain by it too
     columns = ["suite", "name", "ours", "peer", "ratio", "better", "conditions"]
     table = pd.DataFrame([dict(suite=suite, **row) for row in SUITES[suite](repeats, device)])[columns]
     path = out / "bench.csv"
