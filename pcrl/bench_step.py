@@ -24,7 +24,7 @@ from .contrast import ema_update_, nce_loss
 from .model import PCRL
 from .recipes import RECIPES
 from .timing import conditions, time_in_turn
-from .unet import UNet, keep_freed_memory
+from .unet import UNet
 
 # %% ../nbs/17b_bench_step.ipynb #c3ae7ce6
 def _step(model: PCRL, crops: Tensor, opt: torch.optim.Optimizer, amp: bool = False):
@@ -101,7 +101,6 @@ def step_suite(
     sizes: dict[int, dict] = SIZES,  # dims: arguments of `step_over_floor`
 ) -> Iterator[dict]:  # rows: name, ours, peer, ratio, better, conditions; seconds
     "The whole step over its floor, in 3D and in 2D."
-    if device.type == "cpu": keep_freed_memory()
     for dims, size in sizes.items():
         for rank, name in ((None, ""), (64, "rank64_")):
             figures = step_over_floor(**size, repeats=repeats, device=device, transatt_rank=rank)
@@ -284,7 +283,6 @@ def contrast_suite(
     sizes: dict[int, dict] = SIZES,  # dims: arguments of `contrast_share`
 ) -> Iterator[dict]:  # rows: name, ours, peer, ratio, better, conditions; seconds
     "Contrast, queue and momentum update in a step; and a step of contrast alone over lightly's MoCo v2."
-    if device.type == "cpu": keep_freed_memory()
     for dims, size in sizes.items():
         figures = contrast_share(**size, repeats=repeats, device=device)
         yield _row("contrast_share_of_step" + ("_2d" if dims == 2 else ""), figures, "lower", device, f"{_said(**size)}, queue 16384, {repeats} repeats")

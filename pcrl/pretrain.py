@@ -96,8 +96,9 @@ def _fit_recipe(recipe: Recipe, dls: DataLoaders, settings: dict) -> Recipe:
 # %% ../nbs/10_pretrain.ipynb #d46ea797
 class EpochCosine(CosineDecay):
     "Half a cosine that moves once an epoch."
-    def before_batch(self):
-        if self.training: self.opt.set_hyper("lr", [lr * self.share(self.epoch / self.n_epoch) for lr in self.base])
+    def done(self) -> float:
+        "How much of the run is over, 0 to 1, before this epoch."
+        return self.epoch / self.n_epoch
 
 
 def _schedule(recipe: Recipe) -> tuple[CosineDecay, KeepBest]:

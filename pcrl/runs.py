@@ -129,8 +129,12 @@ class CosineDecay(Callback):
 
     def before_fit(self): self.base = [h["lr"] for h in self.opt.hypers]
 
+    def done(self) -> float:
+        "How much of the run is over, 0 to 1."
+        return self.pct_train
+
     def before_batch(self):
-        if self.training: self.opt.set_hyper("lr", [lr * self.share(self.pct_train) for lr in self.base])
+        if self.training: self.opt.set_hyper("lr", [lr * self.share(self.done()) for lr in self.base])
 
 # %% ../nbs/09a_runs.ipynb #209f4aef
 class EpochFigures(Callback):
