@@ -20,7 +20,7 @@ from .crossmix import crossmix, mix, sample_lam
 from .official import (
     BinaryNCE, affine, cut_holes, encode_shuffled, jitter_colours, mix_in_batch, random_matrix, to_imagenet)
 from .recipes import Recipe, get_recipe
-from .transatt import OfficialTransAtt, TransAtt
+from .transatt import CentredTransAtt, OfficialTransAtt, TransAtt
 from .transforms import apply_transforms, corrupt, local_shuffle, n_indicators, sample_transforms, to_unit
 from .unet import UNet
 
@@ -61,8 +61,9 @@ class PCRL(nn.Module):
         self.config, unet = dict(method="pcrl", dims=dims, **net), UNet(dims, **net)
         channels = unet.encoder.channels[-1]
         self.divisor, self.decoder = unet.divisor, unet.decoder
-        kind = partial(TransAtt, rank=r.transatt_rank) if r.transatt == "outer" else OfficialTransAtt
-        self.ordinary = Branch(unet.encoder, kind(channels, n_indicators(dims), dims), Projector(channels, r.projection))
+        kind = dict(outer=partial(TransAtt, rank=r.transatt_rank), centred=partial(CentredTransAtt, rank=r.transatt_rank), fc=OfficialTransAtt)
+        transatt = kind[r.transatt](channels, n_indicators(dims), dims)
+        self.ordinary = Branch(unet.encoder, transatt, Projector(channels, r.projection, r.projector_norm))
         self.momentum = momentum_copy(self.ordinary, own_statistics=not r.ema_statistics)
         self.queue = KeyQueue(r.queue_size, r.projection, r.queue_noise)
         if r.contrast == "nce": self.nce = BinaryNCE(r.nce_n or 1, r.tau)
@@ -115,7 +116,7 @@ def _clean_and_corrupt(self: PCRL, crops: Tensor, generator, draw: dict) -> tupl
     "Crops as the recipe wants to see them, what it makes of them, and the former as they are stored: all o, then all m."
     r, stored = self.recipe, crops.transpose(0, 1).flatten(0, 1)
     if r.input_channels and stored.shape[1] == 1: stored = stored.repeat_interleave(r.input_channels, 1)
-    if r.turn_clean: stored = apply_transforms(stored, sample_transforms(len(stored), self.dims, **draw))
+    if r.turn_clean: stored = apply_transforms(stored, sample_transforms(len(stored), self.dims, **draw, distinct=r.distinct_transforms))
     clean = to_unit(stored)
     corrupted = self.corrupted(clean, generator)
     if r.imagenet: clean, corrupted = to_imagenet(clean), to_imagenet(corrupted)
@@ -147,7 +148,7 @@ def views(self: PCRL,
     draw = dict(generator=generator, device=crops.device)
     lam = partial(sample_lam, n, r.alpha, r.lam_per_sample, r.lam_larger_share, **draw)
     clean, corrupted, stored = self._clean_and_corrupt(crops, generator, draw)
-    vec = sample_transforms(3 * n, self.dims, **draw)
+    vec = sample_transforms(3 * n, self.dims, **draw, distinct=r.distinct_transforms)
     v = AttrDict(clean_o=clean[:n], clean_m=clean[n:], corrupt_o=corrupted[:n], corrupt_m=corrupted[n:],
                  vec_o=vec[:n], vec_m=vec[n:2 * n], vec_h=vec[2 * n:], lam=lam())
     if r.mixup_pass: v |= self._mixup_views(v, lam, draw)
@@ -157,6 +158,12 @@ def views(self: PCRL,
 
 # %% ../nbs/09_model.ipynb #f34e8a80
 @patch
+def _seen(self: PCRL, pyramid: list[Tensor]) -> list[Tensor]:
+    "The maps of a pyramid that the recipe uses: all, or the deepest alone."
+    return pyramid if self.recipe.reconstruction_weight and self.recipe.skips else pyramid[-1:]
+
+
+@patch
 def encode(self: PCRL,
     images_o: Tensor,  # (B, C, [D,] H, W)
     images_m: Tensor,  # as `images_o`
@@ -165,7 +172,7 @@ def encode(self: PCRL,
     "The pyramids of the ordinary and the momentum encoder."
     pyramid_o, encoder = self.ordinary.encoder(images_o), self.momentum.encoder
     with torch.no_grad(): pyramid_m = encoder(images_m) if order is None else encode_shuffled(encoder, images_m, order)
-    return (pyramid_o, pyramid_m) if self.recipe.reconstruction_weight else (pyramid_o[-1:], pyramid_m[-1:])
+    return self._seen(pyramid_o), self._seen(pyramid_m)
 
 # %% ../nbs/09_model.ipynb #e21e01c5
 @patch
@@ -245,7 +252,7 @@ def reconstruct(self: PCRL,
     vec: Tensor,  # what is asked for, (B, 6 or 7)
 ) -> Tensor:  # the answer, as `images`
     "The ordinary path: encode, attend, decode."
-    return self.decode([self.ordinary.attend(self.ordinary.encoder(images), vec)])
+    return self.decode([self.ordinary.attend(self._seen(self.ordinary.encoder(images)), vec)])
 
 # %% ../nbs/09_model.ipynb #b2cfbfb8
 @patch

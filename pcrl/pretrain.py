@@ -104,7 +104,7 @@ class EpochCosine(CosineDecay):
 def _schedule(recipe: Recipe) -> tuple[CosineDecay, KeepBest]:
     "The recipe's learning rate, and when it stops and what it keeps."
     keep = KeepBest(patience=recipe.patience, keep=recipe.keep, restore=False)
-    return CosineDecay() if recipe.cosine == "step" else EpochCosine(), keep
+    return (CosineDecay if recipe.cosine == "step" else EpochCosine)(recipe.warmup), keep
 
 # %% ../nbs/10_pretrain.ipynb #a92b19b8
 SHOWN = "contrast", "reconstruction", "positive", "negative", "rank"  # of the validation figures, in fastai's table

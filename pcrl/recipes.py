@@ -15,9 +15,11 @@ from .crops import MIN_IOU, SCALES
 # %% ../nbs/08b_recipes.ipynb #f9fe05de
 @dataclass(frozen=True)
 class _Network:
-    transatt: str = "outer"  # eqs. 1-4; "fc": fully connected layers on vec(T) alone, `OfficialTransAtt`
-    transatt_rank: int | None = None  # of "outer", eq. 2: None for the full W, r for a W of rank r (ours)
+    transatt: str = "outer"  # eqs. 1-4; "fc": fully connected layers on vec(T) alone, `OfficialTransAtt`; "centred": `CentredTransAtt` (ours)
+    transatt_rank: int | None = None  # of eq. 2's W: None for the full W, r for a W of rank r (ours)
+    skips: bool = True  # the decoder sees F^1 .. F^{l-1} too; False: F^{l+1} alone, while pretraining (ours)
     projection: int = 128  # width of the projector's two layers (the authors' code's)
+    projector_norm: bool = False  # BatchNorm between them (ours)
     sigmoid_output: bool = True  # reconstructions pass a sigmoid, as images lie in [0, 1] (the authors' code, 3D)
     decode_together: bool = True  # one call of the decoder for all paths (ours); False: one each, with BatchNorm statistics of its own
 
@@ -28,6 +30,7 @@ class _Reconstruction:
     reconstruction_mean: bool = False  # False: the sum of their errors, eq. 8; True: the mean
     target: str = "clean"  # T of the clean crop; "corrupt": T of the corrupted one
     turn_clean: bool = True  # clean crops have a random flip and rotation of their own
+    distinct_transforms: bool = False  # T is drawn evenly from the different transforms, each under one vector (ours)
     hybrid_transform: bool = True  # target T_h(mixed crop); False: T_o's and T_m's images mixed, and TransAtt before CrossMix
     mixup_pass: bool = False  # a second pass of both encoders on inputs mixed within the batch
     alpha: float = 1.0  # of Beta(alpha, alpha), from which lam is drawn
@@ -58,6 +61,7 @@ class _Training:
     lr: float = 1e-3  # SGD's learning rate
     momentum: float = 0.9  # SGD's momentum
     weight_decay: float = 0.0  # SGD's weight decay
+    warmup: float = 0.0  # share of the run over which the learning rate first rises from 0 (ours)
     cosine: str = "step"  # the learning rate falls at each step; "epoch": once an epoch
     epochs: int | None = None  # None: not stated
     patience: int | None = 30  # epochs without a better validation loss before the run stops; None: it never does
@@ -96,7 +100,7 @@ class _Corruption:
     hole_side: int = 32  # of a hole, in voxels
 
 # %% ../nbs/08b_recipes.ipynb #de4649a6
-CHOICES = dict(transatt=("outer", "fc"), target=("clean", "corrupt"), contrast=("softmax", "nce"), contrasted=("attended", "deepest"),
+CHOICES = dict(transatt=("outer", "fc", "centred"), target=("clean", "corrupt"), contrast=("softmax", "nce"), contrasted=("attended", "deepest"),
                cosine=("step", "epoch"), keep=("best", "last"))
 
 
@@ -159,18 +163,19 @@ def get_recipe(
 # %% ../nbs/08b_recipes.ipynb #c4c7c08a
 ITEMS: dict[str, tuple[str, ...]] = {
     "TransAtt": ("transatt", "transatt_rank"),
+    "decoder": ("skips",),
     "what is contrasted": ("contrasted",),
     "encoder passes": ("mixup_pass",),
     "reconstruction terms": ("reconstructed", "reconstruction_mean", "decode_together", "sigmoid_output"),
-    "target": ("target", "turn_clean"),
+    "target": ("target", "turn_clean", "distinct_transforms"),
     "hybrid target": ("hybrid_transform",),
     "contrast": ("contrast", "tau", "positive_in_denominator", "nce_n"),
     "queue": ("queue_size", "queue_keys", "queue_noise"),
     "beta": ("beta", "ema_statistics", "shuffle_keys"),
     "lam": ("alpha", "lam_per_sample", "lam_larger_share", "lam_apart"),
     "weights": ("contrast_weight", "reconstruction_weight"),
-    "schedule": ("lr", "momentum", "weight_decay", "cosine", "epochs", "patience", "keep"),
-    "projector": ("projection",),
+    "schedule": ("lr", "momentum", "weight_decay", "warmup", "cosine", "epochs", "patience", "keep"),
+    "projector": ("projection", "projector_norm"),
     "batch": ("bs",),
     "input": tuple(f.name for f in fields(_Input)),
     "corruption": tuple(f.name for f in fields(_Corruption))}

@@ -35,8 +35,12 @@ def sample_transforms(
     dims: int,  # 2 or 3
     generator: torch.Generator | None = None,  # source of the random numbers, on `device`
     device: torch.device | str | None = None,  # where the vectors live
+    distinct: bool = False,  # True: one of `distinct_transforms` instead
 ) -> Tensor:  # indicator vectors, (n, 6) in 2D, (n, 7) in 3D, each component 0. or 1.
     "Draw `n` sets of transforms: each flip by a fair coin, and one of four rotations."
+    if distinct:
+        every = distinct_transforms(dims, device)
+        return every[torch.randint(0, len(every), (n,), generator=generator, device=device)]
     flips = torch.randint(0, 2, (n, dims), generator=generator, device=device)
     quarter_turns = torch.randint(0, 4, (n,), generator=generator, device=device)
     return torch.cat([flips, F.one_hot(quarter_turns, 4)], 1).float()

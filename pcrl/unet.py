@@ -170,7 +170,7 @@ class UpBlock(nn.Module):
 
     def forward(self,
         x: Tensor,  # from below, (B, c_in, [D,] H, W)
-        skip: Tensor | None = None,  # (B, c_skip, [2D,] 2H, 2W)
+        skip: Tensor | None = None,  # (B, c_skip, [2D,] 2H, 2W); None: as one of zeros
     ) -> Tensor:  # (B, c_out, [2D,] 2H, 2W)
         return self.convs[1](self.join(x, skip))
 
@@ -182,7 +182,9 @@ class UpBlock(nn.Module):
         conv, *norm_relu = self.convs[0]
         voxels = x.shape[2:].numel() * len(x) * 2 ** (x.ndim - 2)
         if x.device.type == "cpu" and (x.ndim == 4 or voxels > 12 * x.shape[1]): y = _up_and_conv(self.up, conv.weight, x, skip)
-        else: y = conv(self.up(x) if skip is None else torch.cat([self.up(x), skip], 1))
+        else:
+            joined = self.up(x) if skip is None else torch.cat([self.up(x), skip], 1)
+            y = (F.conv2d, F.conv3d)[x.ndim - 4](joined, conv.weight[:, :joined.shape[1]], padding=1)
         for layer in norm_relu: y = layer(y)
         return y
 
@@ -223,7 +225,7 @@ class Decoder(nn.Module):
         else: self.head = nn.Conv2d(outs[-1], out_channels, 3, padding=1)
 
     def forward(self,
-        pyramid: list[Tensor],  # F^1 .. F^l, the finest first
+        pyramid: list[Tensor],  # F^1 .. F^l, the finest first; or the last of them, and the missing skips are as zeros
     ) -> Tensor:  # image, (B, out_channels, [D,] H, W)
         x, skips = pyramid[-1], pyramid[-2::-1]
         run = _checkpointed if self.checkpoint and torch.is_grad_enabled() else UpBlock.__call__
