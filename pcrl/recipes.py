@@ -134,8 +134,14 @@ _OFFICIAL = dict(
     beta=0.999, ema_statistics=False, shuffle_keys=True,
     contrast_weight=1.0, reconstruction_weight=1.0, weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
     p_flip=0.5, degrees=10.0)
+_ROBUST = dict(
+    name="robust", transatt="centred", skips=False, turn_clean=False, distinct_transforms=True, projector_norm=True,
+    contrasted="deepest", queue_keys=("m",), positive_in_denominator=True, queue_size=1024,
+    lr=0.2, warmup=0.03, patience=None, keep="last", p_paint=0.5, p_inpaint=0.9)
 RECIPES = {
     "paper": {2: Recipe(**_CROPS_2D), 3: Recipe()},
+    "robust": {2: Recipe(**_ROBUST, bs=32, crop=(224, 224), crop_scales=(0.5, 1.0), min_iou=MIN_IOU[2]),
+               3: Recipe(**_ROBUST, bs=16, crop_scales=(1.5, 2.0))},
     "official": {
         2: Recipe(**_OFFICIAL, **_CROPS_2D, sigmoid_output=False, bs=64, input_channels=3, imagenet=True,
                   p_grey=0.2, jitter=0.4, p_paint=0.0, holes=3),
