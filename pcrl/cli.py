@@ -120,15 +120,24 @@ def pretrain(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in OUT after its last whole epoch, with the same options.")] = False,
 ):
     """Pretrain an encoder on a folder of unlabelled images. They are read once into the store OUT-store, which later runs use."""
-    from pcrl import pretrain as p, runs
+    from dataclasses import asdict
+    from pcrl import budget as b, pretrain as p, runs
     from pcrl.recipes import get_recipe, loader_settings
     r, settings = get_recipe(recipe, dims), {} if lr is None else dict(lr=lr)
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
     crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
     spacing, size = (spacing or r.spacing or (1.0, 1.0, 1.0), None) if dims == 3 else (None, size)
     store = p.open_store(src, out.with_name(f"{out.name}-store"), dims, spacing, size, window or r.window)
-    dls = p.store_loaders(store, crops.pop("size"), crops.pop("bs"), valid, seed, num_workers=workers, **crops)
-    learn = p.pretrain_learner(dls, dims, recipe=recipe, width=width, run=out, data=f"{len(store)} images of {src.name}", seed=seed, **settings)
+    loaders = lambda **chosen: p.store_loaders(store, valid=valid, seed=seed, num_workers=workers, **crops | chosen)
+    plan = None
+    if minutes is not None:
+        plan = b.kept_plan(out) if resume else b.plan_budget(minutes, loaders, dims, r, b.sizes_that_fit(dims, b.smallest_shape(store), given["size"], width))
+        typer.echo(str(plan))
+        crops |= dict(size=plan.crop, pairs_per_image=plan.pairs_per_image)
+        width, epochs = plan.width, epochs or plan.epochs
+    notes = dict(store=str(store.path.resolve()), valid=valid, loaders=crops, plan=plan and asdict(plan))
+    learn = p.pretrain_learner(loaders(), dims, recipe=recipe, width=width or 64, run=out, seed=seed,
+                               data=f"{len(store)} images of {src.name}", notes=notes, **settings)
     learn.fit(epochs or r.epochs or 100, start_epoch=runs.resume(learn) if resume else 0)
     typer.echo(f"Run: {out} (curves: {out / 'figures' / 'log.png'}, card: {out / 'card.md'})")
 

@@ -54,7 +54,7 @@ class MethodLoss:
 
     def __call__(self, outputs, views):
         terms = self.method.loss(outputs, views)
-        self.figures = terms | self.method.monitors(outputs)
+        self.figures = terms | self.method.monitors(outputs, views)
         return terms["loss"]
 
 # %% ../nbs/10_pretrain.ipynb #feaa0630
@@ -107,7 +107,7 @@ def _schedule(recipe: Recipe) -> tuple[CosineDecay, KeepBest]:
     return (CosineDecay if recipe.cosine == "step" else EpochCosine)(recipe.warmup), keep
 
 # %% ../nbs/10_pretrain.ipynb #a92b19b8
-SHOWN = "contrast", "reconstruction", "positive", "negative", "rank"  # of the validation figures, in fastai's table
+SHOWN = "contrast", "reconstruction", "batch_gap", "rank", "obedience"  # of the validation figures, in fastai's table
 
 
 def pretrain_learner(
@@ -120,6 +120,7 @@ def pretrain_learner(
     data: str = "not stated",  # what the crops come from, for the model card
     seed: int = 0,  # of the starting weights and of all views
     net: dict | None = None,  # more settings of the network, see `UNet`
+    notes: dict | None = None,  # more entries of the run's config.json
     **settings,  # of the recipe, to change: `lr`, `queue_size`, ...
 ) -> Learner:  # after `.fit(epochs)` the run folder and `learn.keep_best.weights` hold the encoder and decoder of the best (or last) epoch
     """A fastai Learner that pretrains a method's encoder on unlabelled crops, with SGD and the recipe's schedule.
@@ -136,7 +137,8 @@ def pretrain_learner(
     if torch.device(dls.device).type == "cpu": keep_freed_memory()
     if run is not None:
         cbs.append(RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
-                                       data=data, seed=seed, crop_size=sample.shape[2:], batch_size=dls.train.bs, steps_per_epoch=len(dls.train))))
+                                       data=data, seed=seed, crop_size=sample.shape[2:], batch_size=dls.train.bs, steps_per_epoch=len(dls.train),
+                                       **(notes or {}))))
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     shown = [ValueMetric(partial(figures.last, f"valid_{name}"), name) for name in SHOWN]
     return Learner(dls, model, loss_func=MethodLoss(model), opt_func=sgd, lr=recipe.lr, metrics=shown, cbs=cbs)
@@ -161,8 +163,8 @@ def open_store(
 
 def store_loaders(
     store: Store,
-    crop: Sequence[int],  # ([D,] H, W)
-    bs: int,
+    size: Sequence[int],  # of a crop, ([D,] H, W)
+    bs: int,  # crop pairs in a batch
     valid: float = 0.1,  # share of the patients kept for validation
     seed: int = 0,  # of the split and of the crops
     **kwargs,  # of `crop_loaders`
@@ -174,4 +176,4 @@ def store_loaders(
     train, valid = ([store[i] for i, p in enumerate(part) if p == name] for name in ("train", "valid"))
     if not train or not valid:
         raise ValueError(f"{store.path} has {store.manifest.patient.nunique()} patient(s): too few to keep some for validation")
-    return crop_loaders(train, valid, crop, bs, seed=seed, **kwargs)
+    return crop_loaders(train, valid, size, bs, seed=seed, **kwargs)

@@ -162,19 +162,20 @@ class EpochFigures(Callback):
 # %% ../nbs/09a_runs.ipynb #e949306e
 CURVES = {"loss": ["loss"], "contrast $L_c$": ["contrast"], "reconstruction $L_p$": ["reconstruction"],
           "cosine of logits": ["positive", "negative"], "logit gap (cosine)": ["logit_gap", "batch_gap"],
-          "effective rank": ["rank"]}
+          "effective rank": ["rank"], "obedience": ["obedience"]}
 
 
 def plot_log(
     log,  # of a run, a pandas DataFrame with a row an epoch
 ):  # a matplotlib Figure
-    "The curves of a run, those of `CURVES` that it has: losses, logits, the gaps between them, and the rank of the features."
+    "The curves of a run, those of `CURVES` that it has: losses, logits, the gaps between them, the rank of the features, and obedience."
     from matplotlib.figure import Figure
     panels = {title: shown for title, names in CURVES.items() if (shown := [n for n in names if f"valid_{n}" in log])}
     fig = Figure(figsize=(2.5 * len(panels), 2.3), dpi=80, layout="constrained")
     for ax, (title, names) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for i, name in enumerate(names):
             for part, style in (("train", "-"), ("valid", "--")):
+                if f"{part}_{name}" not in log: continue
                 label = f"{name}, {part}" if len(names) > 1 else part
                 ax.plot(log.epoch, log[f"{part}_{name}"], style, color=f"C{i}", label=label)
         ax.set_title(title, fontsize=9); ax.set_xlabel("epoch", fontsize=8); ax.tick_params(labelsize=7); ax.legend(fontsize=6)

@@ -39,7 +39,7 @@ def train(dims, size, steps, kinds, dtype=torch.float32, device="cpu", lr=1e-2):
         views = model.views(extreme(kinds[i % len(kinds)], size, device=device), generator)
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             outputs = model(views)
-            terms, figures = model.loss(outputs, views), model.monitors(outputs)
+            terms, figures = model.loss(outputs, views), model.monitors(outputs, views)
         optimizer.zero_grad()
         scaler.scale(terms.loss).backward()
         scaler.unscale_(optimizer)
