@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Out', 'Epochs', 'main', 'one_sentence', 'DemoData', 'demo',
-           'parse_crop', 'pretrain', 'finetune', 'bench']
+           'parse_crop', 'pretrain', 'diagnose', 'finetune', 'bench']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import os, warnings
@@ -103,12 +103,15 @@ def pretrain(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, searched with all its subfolders, or a store made from one.")],
     out: Out,
     dims: Dims = 3,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help=(
+        "Time to spend. Crop, width and epochs are then chosen by what a step takes on this machine, unless they are given."))] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images; the recipe's, or 100.")] = None,
-    recipe: Annotated[str, typer.Option(help="The method's settings: `paper`, or `official` for those of the authors' code.")] = "paper",
+    recipe: Annotated[str, typer.Option(help=(
+        "The method's settings: `robust`, `paper`, or `official` for those of the authors' code."))] = "robust",
     crop: Crop = None,
     bs: Annotated[int | None, typer.Option(min=2, help="Crop pairs in a batch; the recipe's, or 8.")] = None,
     pairs_per_image: Annotated[int | None, typer.Option(min=1, help="Crop pairs drawn from each image in an epoch; the recipe's if left out.")] = None,
-    width: Annotated[int, typer.Option(help="Channels of the first level; 64 is the paper's, 16 suits a CPU.")] = 64,
+    width: Annotated[int | None, typer.Option(help="Channels of the first level; 64, the paper's, if left out; 16 suits a CPU.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; the recipe's if left out.")] = None,
     valid: Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of the patients that is kept for validation.")] = 0.1,
     size: Size = 256,
@@ -140,6 +143,19 @@ def pretrain(
                                data=f"{len(store)} images of {src.name}", notes=notes, **settings)
     learn.fit(epochs or r.epochs or 100, start_epoch=runs.resume(learn) if resume else 0)
     typer.echo(f"Run: {out} (curves: {out / 'figures' / 'log.png'}, card: {out / 'card.md'})")
+
+# %% ../nbs/20_cli.ipynb #670473ba
+@app.command()
+@one_sentence
+def diagnose(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a pretraining.")],
+    out: Annotated[Path, typer.Option(help="Folder for diagnose.csv and diagnose.html.")],
+    store: Annotated[Path | None, typer.Option(help="A store of images that were not trained on; those kept for validation if left out.")] = None,
+):
+    """Look at a pretraining with all instruments: does it contrast, does it listen, is it sound?"""
+    from pcrl.verdict import diagnose_run
+    word, reason = diagnose_run(run, out, store)
+    typer.echo(f"{word}: {reason}\nPage:  {out / 'diagnose.html'}\nTable: {out / 'diagnose.csv'}")
 
 # %% ../nbs/20_cli.ipynb #e6d987d3
 @app.command()

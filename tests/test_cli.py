@@ -51,7 +51,20 @@ def test_pretrain_writes_a_run_folder_and_a_store(run):
     assert len(pd.read_csv(run.with_name("pretrained-store") / "manifest.csv")) == 20
     log = pd.read_csv(run / "log.csv")
     assert {"train_loss", "valid_contrast", "valid_reconstruction", "valid_positive", "valid_negative", "valid_logit_gap", "valid_rank"} <= set(log.columns)
-    assert json.loads((run / "config.json").read_text())["recipe"]["name"] == "paper"
+    assert json.loads((run / "config.json").read_text())["recipe"]["name"] == "robust"
+
+
+def test_pretrain_in_minutes_and_diagnose(run, slices, tmp_path):
+    "A budget chooses what is not given; the run is then looked at on the images that it kept, and on others."
+    store, out = run.with_name("pretrained-store"), tmp_path / "run"
+    said = pcrl("pretrain", store, "--out", out, "--minutes", 0.1, "--dims", 2, "--width", 4, "--bs", 4, "--valid", 0.3)
+    config = json.loads((out / "config.json").read_text())
+    assert "steps" in said and config["crop_size"] == [64, 64] and config["width"] == 4 and config["plan"]["steps"] == config["steps_per_epoch"] * config["epochs"]
+    assert pcrl("diagnose", out, "--out", tmp_path / "seen").split(":")[0] in ("collapsed", "deaf to T", "leaning on skips", "under-trained", "sound")
+    table = pd.read_csv(tmp_path / "seen" / "diagnose.csv").set_index("name")
+    assert {"obedience", "wrong_over_right", "logit_gap", "top1", "rank", "width"} <= set(table.index) and table.value.images == 6
+    pcrl("diagnose", out, "--out", tmp_path / "all", "--store", store)
+    assert pd.read_csv(tmp_path / "all" / "diagnose.csv").set_index("name").value.images == 20
 
 
 def test_pretrain_by_the_authors_recipe(run, slices, tmp_path):
@@ -118,7 +131,7 @@ def test_bad_input_gets_one_sentence(run, slices, tmp_path):
     assert "nowhere" in complaint("pretrain", "nowhere", "--out", out)
     assert "has no 3D images" in complaint("pretrain", tmp_path / "empty", "--out", out)
     assert "no recipe 'best'" in complaint("pretrain", slices / "images", "--out", out, "--recipe", "best", *SMALL_2D)
-    assert "multiples of 32" in complaint("pretrain", slices / "images", "--out", out, "--dims", 2, "--crop", "40x40", "--size", 64, "--width", 4)
+    assert "multiples of 32" in complaint("pretrain", slices / "images", "--out", out, "--dims", 2, "--crop", "40x40", "--size", 64, "--width", 4, "--bs", 4)
     assert "is not 2 sizes" in complaint("pretrain", slices / "images", "--out", out, "--dims", 2, "--crop", "40", "--size", 64)
     assert "'width': 4" in complaint("finetune", slices, "--out", out, "--dims", 2, "--crop", "64x64", "--init", run, "--width", 8)
     assert "not empty" in complaint("demo", "--out", tmp_path / "mine")
