@@ -1,4 +1,4 @@
-"""The two recipes differ as their table says: a test for each setting that differs.
+"""The recipes differ as their table says: a test for each setting that differs between the paper and the authors' code, or `robust`.
 
 Each test takes one recipe, gives it the other's value of one setting, and compares both with a slow reading of that point,
 mostly in plain NumPy."""
@@ -14,6 +14,7 @@ from pcrl.crops import CropPairs, box_iou, crop_loaders, random_pair
 from pcrl.model import PCRL
 from pcrl.pretrain import pretrain_learner
 from pcrl.recipes import ITEMS, RECIPES, get_recipe, loader_settings, recipe_table, store_settings
+from pcrl.transforms import distinct_transforms
 
 TESTS = {}
 
@@ -26,10 +27,10 @@ def row(item, *settings):
     return register
 
 
-DIFFERENT = [row for row, differs in recipe_table("paper", "official").differs.items() if differs]
+DIFFERENT = {row for other in ("official", "robust") for row, differs in recipe_table("paper", other).differs.items() if differs}
 
 
-@pytest.mark.parametrize("item, setting", [*DIFFERENT, ("projector", "projection")])
+@pytest.mark.parametrize("item, setting", [*sorted(DIFFERENT), ("projector", "projection")])
 def test_setting(item, setting): TESTS[item, setting]()
 
 
@@ -788,3 +789,72 @@ def test_a_learner_trains_one_loss_alone(setting):
     learn = fit(learner("paper", **{setting: 0.}), 2)
     part = {"contrast_weight": "reconstruction", "reconstruction_weight": "contrast"}[setting]
     for row in learn.epoch_figures.rows: assert row["valid_loss"] == pytest.approx(.5 * row[f"valid_{part}"], rel=1e-4)
+
+
+# --- what the recipe `robust` changes alone -------------------------------------------------------------------------------
+
+def paper_and_robust(setting, dims=3, **more):
+    "The paper's recipe as it is, and with the value of `robust` for one setting."
+    theirs = getattr(get_recipe("robust", dims), setting)
+    return model("paper", dims, **more), model("paper", dims, **{setting: theirs}, **more)
+
+
+def test_gates_of_robust_close_and_open():
+    "Centred and normalised f^p and f^l, and 2 sigmoid without the ReLU."
+    norm = lambda a: (a - a.mean(-1, keepdims=True)) / np.sqrt(a.var(-1, keepdims=True) + 1e-5)
+    m = model("robust")
+    t, v = m.ordinary.transatt, views(m)
+    pyramid, m_pyramid = m.encode(v.corrupt_o, v.corrupt_m)
+    w1, b1, w2, b2 = map(array, t.embed.parameters())
+    embed = lambda vec: np.maximum(vec @ w1.T + b1, 0) @ w2.T + b2
+    f_p, f_l = norm(embed(array(v.vec_o)) - embed(array(distinct_transforms(3))).mean(0)), norm(array(pyramid[-1]).mean((2, 3, 4)))
+    gates = 2 / (1 + np.exp(-np.einsum("kij,bi,bj->bk", array(t.outer.weight), f_p, f_l)))
+    close(array(t.gate(pyramid[-1], v.vec_o)), gates)
+    assert gates.min() < .9 and gates.max() > 1.1
+
+
+@row("decoder", "skips")
+def skips():
+    for m, used in zip(paper_and_robust("skips"), (True, False)):
+        v, calls = views(m), count(m.decoder, [])
+        m(v)
+        assert len(calls[0]) == (4 if used else 1)
+        m.eval()
+        changed = lambda pyramid: [f + (i < len(pyramid) - 1) for i, f in enumerate(pyramid)]
+        assert differ(m.reconstruct(v.corrupt_o, v.vec_o), m.reconstruct(v.corrupt_o, v.vec_o, changed)) == used
+
+
+@row("target", "distinct_transforms")
+def distinct():
+    for m, flips_y in zip(paper_and_robust("distinct_transforms"), (True, False)):
+        vec = torch.cat([views(m, seed).vec_o for seed in range(40)])
+        assert bool(vec[:, 1].any()) == flips_y                                   # flip y is flip x and half a turn
+        assert len(vec.unique(dim=0)) > 12 and (vec[:, 3:].sum(1) == 1).all()
+
+
+@row("queue", "queue_size")
+def queue_size():
+    images = [np.zeros((1, 16, 16, 16), np.uint8)] * 1200
+    dls = crop_loaders(images[:1100], images[1100:], size=16, bs=2, device="cpu", scales=(1.,))
+    size = lambda recipe: len(pretrain_learner(dls, 3, recipe=recipe, width=4).model.queue.rows)
+    assert (size("paper"), size("robust"), size(get_recipe("robust", 3, queue_size=128))) == (1024, 1024, 128)
+    assert [get_recipe(r, d).queue_size for r in ("paper", "robust") for d in (2, 3)] == [16384, 16384, 1024, 1024]
+
+
+@row("schedule", "lr", "warmup")
+def rate():
+    rate = lambda i, top, warmup: top * (i / 12 / warmup if i / 12 < warmup else (1 + math.cos(math.pi * (i / 12 - warmup) / (1 - warmup))) / 2)
+    for settings, top, warmup in ((dict(), 1e-3, 0.), (dict(lr=.1), .1, 0.), (dict(warmup=.5), 1e-3, .5)):
+        seen = Rates()
+        fit(learner("paper", **settings), 4, seen)
+        close(seen.seen, [rate(i, top, warmup) for i in range(12)], 1e-8)
+    assert [(get_recipe("robust", d).lr, get_recipe("robust", d).warmup) for d in (2, 3)] == [(.1, .03)] * 2
+
+
+@row("corruption", "p_inpaint")
+def inpaints():
+    for dims in (2, 3):
+        hidden = [((m.corrupted(ramp(dims)) - ramp(dims)).abs() > 1e-4).flatten(1).float().mean(1) for m in paper_and_robust("p_inpaint", dims, p_blur=0.)]
+        less_than_half = [float(((h > 0) & (h < .5)).float().sum() / (h > 0).float().sum()) for h in hidden]
+        assert less_than_half[0] < .5 < less_than_half[1]                        # an inpainted crop is mostly seen, an outpainted mostly hidden
+    assert [get_recipe(r, d).p_inpaint for r in ("paper", "robust") for d in (2, 3)] == [.2, .2, .9, .9]
