@@ -25,6 +25,7 @@ from .diagnose import answers_figure, ask_every_transform, obedience, paths_figu
 from .finetune import finetune
 from .monitors import CollapseWarning
 from .pretrain import pretrain_learner
+from .recipes import get_recipe, loader_settings
 from .report import comparison_figure, figure_html, paragraph, side_by_side, summarise, table_html, verdict, write_page
 from .runs import plot_log, write_whole
 from .segment import overlay_figure
@@ -37,9 +38,7 @@ class Story:
     width: int  # of the network; the paper's is 64
     bs: int  # pairs in a batch
     pairs_per_image: int  # in an epoch
-    scales: tuple  # of the crops, see `random_edges`
     epochs: int
-    lr: float
     labelled: int  # cases
     tune_epochs: int
     tune_bs: int
@@ -50,13 +49,13 @@ class Story:
 
 
 STORIES = {
-    ("brain", 3): Story((24, 24, 24), width=8, bs=8, pairs_per_image=40, scales=(1.0,), epochs=16, lr=0.1,
+    ("brain", 3): Story((16, 16, 16), width=8, bs=16, pairs_per_image=160, epochs=25,
                         labelled=6, tune_epochs=16, tune_bs=4, tune_lr=5e-3, tune_crop=(24, 24, 24), tune_crops=48),
-    ("brain", 2): Story((64, 64), width=16, bs=16, pairs_per_image=4, scales=(0.3, 1.0), epochs=12, lr=0.03,
+    ("brain", 2): Story((64, 64), width=16, bs=32, pairs_per_image=6, epochs=16,
                         labelled=6, tune_epochs=16, tune_bs=8, tune_lr=3e-3, tune_crop=(64, 64), tune_crops=64),
-    ("nih_cxr14_subset", 2): Story((64, 64), width=16, bs=32, pairs_per_image=1, scales=(0.3, 1.0), epochs=20, lr=0.03,
+    ("nih_cxr14_subset", 2): Story((64, 64), width=16, bs=32, pairs_per_image=1, epochs=60,
                                    labelled=64, tune_epochs=60, tune_bs=16, tune_lr=3e-4),
-    ("hippocampus", 3): Story((24, 24, 24), width=8, bs=8, pairs_per_image=1, scales=(1.0,), epochs=14, lr=0.1,
+    ("hippocampus", 3): Story((16, 16, 16), width=8, bs=16, pairs_per_image=3, epochs=50,
                               labelled=3, tune_epochs=32, tune_bs=4, tune_lr=1e-2, tune_crop=(32, 32, 32), tune_crops=24, tune_loss="dice_ce"),
 }
 
@@ -105,9 +104,9 @@ def pretrain_story(
     tell: Callable = lambda *_: None,
 ) -> Learner:
     "Pretrain PCRL on the unlabelled pool; the run's `figures/` then show its answers, and `obedience.json` measures them."
-    dls = crop_loaders(cases.unlabelled, cases.unlabelled_valid, story.crop, story.bs, story.pairs_per_image,
-                       seed=seed, scales=story.scales)
-    learn = pretrain_learner(dls, cases.dims, recipe="paper", width=story.width, run=run, seed=seed, lr=story.lr,
+    recipe = get_recipe("robust", cases.dims, crop=story.crop, bs=story.bs, pairs_per_image=story.pairs_per_image)
+    dls = crop_loaders(cases.unlabelled, cases.unlabelled_valid, seed=seed, **loader_settings(recipe))
+    learn = pretrain_learner(dls, cases.dims, recipe=recipe, width=story.width, run=run, seed=seed,
                              data=f"{cases.name}: {cases.note}")
     with learn.no_bar(), learn.no_logging(): learn.fit(story.epochs, cbs=TellProgress(tell, "pretrain"))
     views = learn.model.views(next(iter(dls.valid))[0], torch.Generator(dls.device).manual_seed(0))
@@ -163,7 +162,7 @@ def pretraining_sentences(
              f"the error to the right answer is {o['right']:.4f}, to the wrong ones {o['wrong_over_right']:.2f} times that. Plain grey would have "
              f"{o['mean']:.4f}, the average over all transforms {o['average']:.4f}, the untransformed crop {o['untransformed']:.4f}.")
     listens = "The network listens to the request." if o["wrong_over_right"] >= 1.1 else "The network does not listen to the request."
-    kept = f"Kept for finetuning: epoch {log.valid_loss.argmin() + 1} of {len(log)}, which had the lowest validation loss."
+    kept = f"Kept for finetuning: the last of {len(log)} epochs."
     return [f"{contrast} {apart}", f"{heard} {listens}", kept]
 
 # %% ../nbs/19_demo.ipynb #386f9947
@@ -206,8 +205,7 @@ def write_report(
             f"finetuning, {len(cases.part('valid'))} labelled validation cases that choose the epoch for both arms, "
             f"{len(cases.part('test'))} test cases, {len(seeds)} seeds.")
     settings = pd.DataFrame([(k, str(v)) for k, v in asdict(story).items()], columns=["setting", "value"])
-    where = ("The recipe, the versions and the seeds are in each run's config.json. The pretrained arm starts from the epoch with the "
-             "lowest validation loss; the panels show the last epoch.")
+    where = "The recipe is `robust`; all its settings, the versions and the seeds are in each run's config.json."
     return write_page(out / "report.html", f"PCRL against scratch: {cases.name}", {
         "": [paragraph(what), paragraph(f"Mind: {cases.note}.", note=True)], "What pretraining bought": _bought(out, results),
         **_learned({seed: out / "runs" / f"pretrain-seed{seed}" for seed in seeds}), "Settings": [table_html(settings), paragraph(where)]})

@@ -1,4 +1,4 @@
-"""Every setting of the method by name: the paper's, those of the authors' code, and a table of the differences
+"""Every setting of the method by name: the paper's, those of the authors' code, those that work, and tables of the differences
 
 Docs: https://pcrl-team.github.io/pcrl/recipes.html.md"""
 

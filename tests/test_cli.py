@@ -180,7 +180,7 @@ def test_demo_that_fails_leaves_nothing_behind(tmp_path):
     script = f"""
 from dataclasses import replace
 from pcrl.demo import STORIES, demo
-diverging = replace(STORIES["brain", 2], crop=(32, 32), width=4, epochs=1, pairs_per_image=1, lr=1e12)
+diverging = replace(STORIES["brain", 2], crop=(32, 32), width=4, epochs=1, pairs_per_image=1, tune_lr=1e30)
 if __name__ == "__main__": demo("brain", 2, {str(tmp_path / 'demo')!r}, seeds=1, story=diverging)
 """
     (tmp_path / "run.py").write_text(script)
