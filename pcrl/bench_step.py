@@ -27,16 +27,20 @@ from .timing import conditions, time_in_turn
 from .unet import UNet
 
 # %% ../nbs/17b_bench_step.ipynb #c3ae7ce6
-def _step(model: PCRL, crops: Tensor, opt: torch.optim.Optimizer, amp: bool = False):
-    "One whole training step, in float32 or with bfloat16."
-    views = model.views(crops)
-    with torch.autocast(crops.device.type, torch.bfloat16, enabled=amp):
+def _learn(model: PCRL, views: AttrDict, opt: torch.optim.Optimizer, amp: bool = False):
+    "A training step from its views on, in float32 or with bfloat16."
+    with torch.autocast(views.corrupt_o.device.type, torch.bfloat16, enabled=amp):
         outputs = model(views)
         loss = model.loss(outputs, views).loss
     opt.zero_grad()
     loss.backward()
     opt.step()
     model.finish_step(outputs)
+
+
+def _step(model: PCRL, crops: Tensor, opt: torch.optim.Optimizer, amp: bool = False):
+    "One whole training step."
+    _learn(model, model.views(crops), opt, amp)
 
 
 def _floor(model: PCRL, images: Tensor, amp: bool = False):
@@ -227,18 +231,6 @@ def contrast_share(
     return time_in_turn(lambda: _contrast_part(model, g_o, g_m, keys), lambda: _step(model, crops, opt), repeats, device)
 
 # %% ../nbs/17b_bench_step.ipynb #3cd0f7f3
-def _contrast_step(model: PCRL, x_o: Tensor, x_m: Tensor, opt: torch.optim.Optimizer):
-    "A step with the contrast alone."
-    embed = lambda branch, x: branch.projector(branch.encoder(x)[-1])
-    with torch.no_grad(): g_m = embed(model.momentum, x_m)
-    g_o = embed(model.ordinary, x_o)
-    opt.zero_grad()
-    nce_loss(g_o, g_m, model.queue.keys, model.recipe.tau).backward()
-    opt.step()
-    for part in ("encoder", "projector"): ema_update_(getattr(model.momentum, part), getattr(model.ordinary, part), model.recipe.beta)
-    model.queue.push(torch.cat([g_o.detach(), g_m]))
-
-
 def _lightly_step(size: int, device: torch.device) -> Callable:  # of two views
     "lightly's MoCo v2 step, after its own example."
     from lightly.loss import NTXentLoss
@@ -270,11 +262,12 @@ def moco_over_lightly(
     """PCRL's step with the contrast alone, and lightly's MoCo v2 step.
 
     Raises ImportError without lightly."""
-    model, _, crops, x_o = _prepare(2, 64, (size, size), bs, device, in_channels=3, transatt_rank=1)
-    opt = torch.optim.SGD([*model.ordinary.encoder.parameters(), *model.ordinary.projector.parameters()], lr=1e-3, momentum=0.9)
+    alone = dict(reconstruction_weight=0.0, contrasted="deepest", transatt_rank=1)
+    model, opt, crops, x_o = _prepare(2, 64, (size, size), bs, device, in_channels=3, **alone)
     model.queue.push(torch.nn.functional.normalize(torch.randn(model.recipe.queue_size, 128, device=device), dim=1))
-    x_m, lightly = crops[:, 1].contiguous(memory_format=torch.channels_last), _lightly_step(model.recipe.queue_size, device)
-    return time_in_turn(lambda: _contrast_step(model, x_o, x_m, opt), lambda: lightly(x_o, x_m), repeats, device, warmup=3)
+    views, x_m = model.views(crops), crops[:, 1].contiguous(memory_format=torch.channels_last)
+    lightly = _lightly_step(model.recipe.queue_size, device)
+    return time_in_turn(lambda: _learn(model, views, opt), lambda: lightly(x_o, x_m), repeats, device, warmup=3)
 
 
 def contrast_suite(

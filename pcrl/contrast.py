@@ -85,12 +85,15 @@ def push(self: KeyQueue,
     keys: Tensor,  # (n, dim), of any precision
 ):
     "Add keys, the oldest out."
-    size = len(self.rows)
     self._count += len(keys)
-    keys = keys[-size:].to(self.rows.dtype)
-    at = torch.arange(self._count - len(keys), self._count, device=keys.device) % size
-    self.rows[at] = keys
     self.pushed.fill_(self._count)
+    _write(self.rows, keys, self._count)
+
+
+def _write(rows: Tensor, keys: Tensor, count: int):
+    "Put keys where they belong in a circle of rows, when `count` have been pushed in all."
+    keys = keys[-len(rows):].to(rows.dtype)
+    rows[torch.arange(count - len(keys), count, device=keys.device) % len(rows)] = keys
 
 # %% ../nbs/08_contrast.ipynb #2f5c0ac5
 @patch
@@ -99,9 +102,9 @@ def after(self: KeyQueue,
     keys: Tensor,  # (n, dim), of any precision
 ) -> Tensor:  # `keys` of the queue as they would be after `push(keys)`
     "Look at a push without doing it."
-    twin = deepcopy(self)
-    twin.push(keys)
-    return twin.keys
+    rows, count = self.rows.clone(), self._count + len(keys)
+    _write(rows, keys, count)
+    return rows[:count]
 
 # %% ../nbs/08_contrast.ipynb #bf516074
 def momentum_copy(

@@ -94,17 +94,17 @@ def paths_figure(
     views,  # of one step, from `model.views`
     rows: int = 2,  # images to show, one a row
 ):  # a matplotlib Figure
-    "Original, corrupted (of o and m), target and reconstruction for the ordinary, momentum and hybrid paths."
+    "Original, corrupted (of o and m), target and reconstruction for each path that the recipe reconstructs."
     from matplotlib.figure import Figure
-    training = model.training
-    out = model.eval()(views).reconstructions.view(3, -1, *views.clean_o.shape[1:])
+    training, n, columns = model.training, len(views.clean_o), {}
+    out = model.eval()(views).reconstructions
     model.train(training)
-    targets, mixed = views.targets.view_as(out), mix(views.clean_o, views.clean_m, views.lam)
-    rows = min(rows, len(views.clean_o))
-    columns = {"o: clean": views.clean_o, "o: corrupted": views.corrupt_o, "o: target": targets[0], "o: reconstruction": out[0],
-               "m: clean": views.clean_m, "m: corrupted": views.corrupt_m, "m: target": targets[1], "m: reconstruction": out[1],
-               "h: clean": mixed, "h: target": targets[2], "h: reconstruction": out[2]}
-    fig = Figure(figsize=(14, 1.6 * rows), dpi=80, layout="constrained")
+    for path, target, answer in zip(model.recipe.reconstructed, views.targets.split(n), out.split(n)):
+        if path == "h": columns["h: clean"] = mix(views.clean_o, views.clean_m, views.lam)
+        else: columns |= {f"{path}: clean": views[f"clean_{path}"], f"{path}: corrupted": views[f"corrupt_{path}"]}
+        columns |= {f"{path}: target": target, f"{path}: reconstruction": answer}
+    rows = min(rows, n)
+    fig = Figure(figsize=(1.27 * len(columns), 1.6 * rows), dpi=80, layout="constrained")
     for i, row in enumerate(fig.subplots(rows, len(columns), squeeze=False)):
         for ax, (title, images) in zip(row, columns.items()):
             _picture(ax, images[i], f"{title}, λ {views.lam[i]:.2f}" if title == "h: clean" else title)

@@ -10,7 +10,7 @@ __all__ = ['CURVES', 'gradient_norm', 'FiniteGuard', 'check_bfloat16', 'CosineDe
            'LossWithFigures', 'finetune_learner']
 
 # %% ../nbs/09a_runs.ipynb #b255cc43
-import csv, json, math, os, platform, time
+import csv, inspect, json, math, os, platform, time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -346,8 +346,8 @@ def resume(
 # %% ../nbs/09a_runs.ipynb #83f380b0
 def _net_config(config: dict) -> dict:
     "The settings of a run's U-Net, with their defaults where the run's config does not say."
-    standard = UNet(config["dims"], width=4).config
-    return {k: config.get(k, default) for k, default in standard.items()}
+    arguments = inspect.signature(UNet).parameters
+    return {k: config.get(k, a.default) for k, a in arguments.items() if k != "checkpoint"}
 
 
 def load_weights_(

@@ -50,10 +50,10 @@ def held_out_crops(
 # %% ../nbs/18a_verdict.ipynb #69dbe39c
 def _heard(model: nn.Module, views, n: int) -> dict[str, float]:
     "Obedience, gates and maps: what needs a decoder."
-    shown, clean = views.corrupt_o[:n], views.clean_o[:n]
-    with torch.no_grad(): found = obedience(ask_every_transform(model, shown), clean)
+    shown, asked_of = views.corrupt_o[:n], views[f"{model.recipe.target}_o"][:n]
+    with torch.no_grad(): found = obedience(ask_every_transform(model, shown), asked_of)
     names = {k: f"error_{k}" for k in ("right", "wrong", "mean", "average", "untransformed")}
-    return {names.get(k, k): v for k, v in found.items() if k != "chance"} | gate_spread(model, shown) | carried(model, shown, clean)
+    return {names.get(k, k): v for k, v in found.items() if k != "chance"} | gate_spread(model, shown) | carried(model, shown, asked_of)
 
 
 def _told_apart(model: nn.Module, views) -> dict[str, float]:
@@ -177,6 +177,6 @@ def _seen(model: nn.Module, crops: Tensor, found: dict[str, float]) -> dict[str,
     if not model.recipe.reconstruction_weight: return {}
     views = model.views(crops[:4], torch.Generator(crops.device).manual_seed(0))
     asked = "One corrupted crop is the input throughout. Above: what was asked for. Below: what came back, and its error to the right answer and to the wrong ones."
-    return {"Asked for every transform": [figure_html(answers_figure(model, views.corrupt_o[:1], views.clean_o[:1]), asked)],
+    return {"Asked for every transform": [figure_html(answers_figure(model, views.corrupt_o[:1], views[f"{model.recipe.target}_o"][:1]), asked)],
             "Errors": [figure_html(errors_figure(found), "Errors on held-out crops.")],
             "The paths": [figure_html(paths_figure(model, views, rows=3), "Held-out crops: what was shown, asked for and answered.")]}
