@@ -21,9 +21,11 @@ class Projector(nn.Module):
     def __init__(self,
         channels: int,  # of the feature map
         dim: int = 128,  # of the hidden layer and of the embedding
+        norm: bool = False,  # BatchNorm between the first layer and its ReLU (ours; SimCLR's and BYOL's)
     ):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(channels, dim), nn.ReLU(), nn.Linear(dim, dim))
+        hidden = [nn.Linear(channels, dim, bias=False), nn.BatchNorm1d(dim)] if norm else [nn.Linear(channels, dim)]
+        self.layers = nn.Sequential(*hidden, nn.ReLU(), nn.Linear(dim, dim))
 
     def embed(self,
         features: Tensor,  # (B, C, [D,] H, W)

@@ -67,7 +67,7 @@ class PCRL(nn.Module):
         self.divisor, self.decoder = unet.divisor, unet.decoder
         kind, rank = TRANSATTS[r.transatt], {} if r.transatt == "fc" else dict(rank=r.transatt_rank)
         transatt = kind(channels, n_indicators(dims), dims, **rank)
-        self.ordinary = Branch(unet.encoder, transatt, Projector(channels, r.projection))
+        self.ordinary = Branch(unet.encoder, transatt, Projector(channels, r.projection, r.projector_norm))
         self.momentum = momentum_copy(self.ordinary, own_statistics=not r.ema_statistics)
         self.queue = KeyQueue(r.queue_size, r.projection, r.queue_noise)
         if r.contrast == "nce": self.nce = BinaryNCE(r.nce_n or 1, r.tau)

@@ -19,6 +19,7 @@ class _Network:
     transatt_rank: int | None = None  # of eq. 2's W: None for the full W, r for a W of rank r (ours)
     skips: bool = True  # the decoder sees F^1 .. F^{l-1} too; False: F^{l+1} alone, while pretraining (ours)
     projection: int = 128  # width of the projector's two layers (the authors' code's)
+    projector_norm: bool = False  # BatchNorm between them (ours)
     sigmoid_output: bool = True  # reconstructions pass a sigmoid, as images lie in [0, 1] (the authors' code, 3D)
     decode_together: bool = True  # one call of the decoder for all paths (ours); False: one each, with BatchNorm statistics of its own
 
@@ -134,8 +135,9 @@ _OFFICIAL = dict(
     contrast_weight=1.0, reconstruction_weight=1.0, weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
     p_flip=0.5, degrees=10.0)
 _ROBUST = dict(
-    name="robust", transatt="open", skips=False, turn_clean=False, distinct_transforms=True, contrasted="deepest", queue_size=1024,
-    contrast_weight=0.1, reconstruction_weight=1.0, lr=0.1, warmup=0.03, patience=None, keep="last", p_paint=0.5, p_inpaint=0.9)
+    name="robust", transatt="open", skips=False, turn_clean=False, distinct_transforms=True,
+    contrasted="deepest", projector_norm=True, beta=0.9, queue_size=512, contrast_weight=0.3, reconstruction_weight=1.0,
+    lr=0.1, warmup=0.03, patience=None, keep="last", p_paint=0.5, p_inpaint=0.9)
 RECIPES = {
     "paper": {2: Recipe(**_CROPS_2D), 3: Recipe()},
     "robust": {2: Recipe(**_ROBUST, bs=32, crop=(224, 224), crop_scales=(0.5, 1.0), min_iou=MIN_IOU[2]),
@@ -179,7 +181,7 @@ ITEMS: dict[str, tuple[str, ...]] = {
     "lam": ("alpha", "lam_per_sample", "lam_larger_share", "lam_apart"),
     "weights": ("contrast_weight", "reconstruction_weight"),
     "schedule": ("lr", "momentum", "weight_decay", "warmup", "cosine", "epochs", "patience", "keep"),
-    "projector": ("projection",),
+    "projector": ("projection", "projector_norm"),
     "batch": ("bs",),
     "input": tuple(f.name for f in fields(_Input)),
     "corruption": tuple(f.name for f in fields(_Corruption))}

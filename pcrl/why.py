@@ -33,13 +33,14 @@ def variants(
     dims: int,  # 2 or 3
 ) -> dict[str, Recipe]:  # by name
     "The paper, the paper with single cures, `robust`, and `robust` with single settings as in the paper."
-    faster = dict(lr=0.1, warmup=0.03, patience=None, keep="last", queue_size=1024)
+    faster = dict(lr=0.1, warmup=0.03, patience=None, keep="last", queue_size=512)
     paper, robust = (get_recipe(name, dims) for name in ("paper", "robust"))
-    cures = {"paper": replace(paper, patience=None, keep="last", queue_size=1024), "paper, faster": replace(paper, **faster),
+    cures = {"paper": replace(paper, patience=None, keep="last", queue_size=512), "paper, faster": replace(paper, **faster),
              "paper, faster, crops not turned": replace(paper, **faster, turn_clean=False)}
     backs = {"crops turned": ("turn_clean",), "literal TransAtt": ("transatt",), "skips": ("skips",), "all vectors": ("distinct_transforms",),
-             "contrast after TransAtt": ("contrasted",), "equal weights": ("contrast_weight", "reconstruction_weight"),
-             "harsh painting": ("p_paint", "p_inpaint"), "paper's crops": ("crop_scales",), "slow": ("lr", "warmup")}
+             "contrast after TransAtt": ("contrasted",), "plain projector": ("projector_norm",), "slow momentum, long queue": ("beta", "queue_size"),
+             "equal weights": ("contrast_weight", "reconstruction_weight"), "harsh painting": ("p_paint", "p_inpaint"),
+             "paper's crops": ("crop_scales",), "slow": ("lr", "warmup")}
     turned_back = {f"robust, {name}": replace(robust, **_back(dims, *settings)) for name, settings in backs.items()}
     return cures | dict(robust=robust) | turned_back | {"contrast alone": replace(robust, reconstruction_weight=0.0)}
 
