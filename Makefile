@@ -2,7 +2,7 @@ PYTHON ?= python3
 min_python := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 in_venv := . .venv/bin/activate &&
 
-.PHONY: help setup demo results test test-slow export readme docs bench
+.PHONY: help setup demo results test test-slow export readme docs why bench
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -44,6 +44,9 @@ readme: setup  ## make README.md from nbs/index.ipynb
 
 docs: setup  ## build the site into _docs/
 	$(in_venv) python tools/docs.py
+
+why: setup  ## run the experiments of the notebook why, table in results/why.csv; reads PCRL_DATA, hours on a CPU
+	$(in_venv) OMP_NUM_THREADS=1 python tools/why.py
 
 bench: setup  ## measure speed and memory beside floors and peers, tables and charts in results/
 	$(in_venv) python -m pip install -q -c constraints.txt -e '.[bench]'

@@ -125,7 +125,7 @@ def pretrain(
     """Pretrain an encoder on a folder of unlabelled images. They are read once into the store OUT-store, which later runs use."""
     from dataclasses import asdict
     from pcrl import budget as b, pretrain as p, runs
-    from pcrl.recipes import get_recipe, loader_settings
+    from pcrl.recipes import at_size, get_recipe, loader_settings
     r, settings = get_recipe(recipe, dims), {} if lr is None else dict(lr=lr)
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
     crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
@@ -137,9 +137,9 @@ def pretrain(
         plan = b.kept_plan(out) if resume else b.plan_budget(minutes, loaders, dims, r, b.sizes_that_fit(dims, b.smallest_shape(store), given["size"], width))
         typer.echo(str(plan))
         crops |= dict(size=plan.crop, pairs_per_image=plan.pairs_per_image)
-        width, epochs = plan.width, epochs or plan.epochs
+        width, epochs, r = plan.width, epochs or plan.epochs, at_size(r, plan.crop)
     notes = dict(store=str(store.path.resolve()), valid=valid, loaders=crops, plan=plan and asdict(plan))
-    learn = p.pretrain_learner(loaders(), dims, recipe=recipe, width=width or 64, run=out, seed=seed,
+    learn = p.pretrain_learner(loaders(), dims, recipe=r, width=width or 64, run=out, seed=seed,
                                data=f"{len(store)} images of {src.name}", notes=notes, **settings)
     learn.fit(epochs or r.epochs or 100, start_epoch=runs.resume(learn) if resume else 0)
     typer.echo(f"Run: {out} (curves: {out / 'figures' / 'log.png'}, card: {out / 'card.md'})")

@@ -25,7 +25,7 @@ from .diagnose import answers_figure, ask_every_transform, obedience, paths_figu
 from .finetune import finetune
 from .monitors import CollapseWarning
 from .pretrain import pretrain_learner
-from .recipes import get_recipe, loader_settings
+from .recipes import at_size, get_recipe, loader_settings
 from .report import comparison_figure, figure_html, paragraph, side_by_side, summarise, table_html, verdict, write_page
 from .runs import plot_log, write_whole
 from .segment import overlay_figure
@@ -104,7 +104,7 @@ def pretrain_story(
     tell: Callable = lambda *_: None,
 ) -> Learner:
     "Pretrain PCRL on the unlabelled pool; the run's `figures/` then show its answers, and `obedience.json` measures them."
-    recipe = get_recipe("robust", cases.dims, crop=story.crop, bs=story.bs, pairs_per_image=story.pairs_per_image)
+    recipe = at_size(get_recipe("robust", cases.dims, bs=story.bs, pairs_per_image=story.pairs_per_image), story.crop)
     dls = crop_loaders(cases.unlabelled, cases.unlabelled_valid, seed=seed, **loader_settings(recipe))
     learn = pretrain_learner(dls, cases.dims, recipe=recipe, width=story.width, run=run, seed=seed,
                              data=f"{cases.name}: {cases.note}")
