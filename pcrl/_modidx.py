@@ -463,4 +463,5 @@ d = { 'settings': { 'branch': 'main',
                           'pcrl.why.run_all': ('why.html#run_all', 'pcrl/why.py'),
                           'pcrl.why.run_variant': ('why.html#run_variant', 'pcrl/why.py'),
                           'pcrl.why.summary': ('why.html#summary', 'pcrl/why.py'),
-                          'pcrl.why.variants': ('why.html#variants', 'pcrl/why.py')}}}
+                          'pcrl.why.variants': ('why.html#variants', 'pcrl/why.py'),
+                          'pcrl.why.variants_figure': ('why.html#variants_figure', 'pcrl/why.py')}}}
