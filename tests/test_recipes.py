@@ -837,8 +837,19 @@ def queue_size():
     images = [np.zeros((1, 16, 16, 16), np.uint8)] * 1200
     dls = crop_loaders(images[:1100], images[1100:], size=16, bs=2, device="cpu", scales=(1.,))
     size = lambda recipe: len(pretrain_learner(dls, 3, recipe=recipe, width=4).model.queue.rows)
-    assert (size("paper"), size("robust"), size(get_recipe("robust", 3, queue_size=128))) == (1024, 1024, 128)
-    assert [get_recipe(r, d).queue_size for r in ("paper", "robust") for d in (2, 3)] == [16384, 16384, 1024, 1024]
+    assert (size("paper"), size("robust"), size(get_recipe("robust", 3, queue_size=128))) == (1024, 512, 128)
+    assert [get_recipe(r, d).queue_size for r in ("paper", "robust") for d in (2, 3)] == [16384, 16384, 512, 512]
+
+
+@row("projector", "projector_norm")
+def projector_norm():
+    "BatchNorm over the batch between the two layers."
+    for m, normed in zip(paper_and_robust("projector_norm"), (False, True)):
+        projector, features = m.ordinary.projector, torch.rand(6, 32, 2, 2, 2)
+        hidden = array(projector.layers[0](features.mean((2, 3, 4))))
+        if normed: hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-5)
+        w, b = array(projector.layers[-1].weight), array(projector.layers[-1].bias)
+        close(array(projector.embed(features)), np.maximum(hidden, 0) @ w.T + b)
 
 
 @row("schedule", "lr", "warmup")
