@@ -40,8 +40,8 @@ def right_answers(
 def obedience(
     answers: Tensor,  # from `ask_every_transform`, (B, T, C, [D,] H, W)
     clean: Tensor,  # the clean crop of each input, (B, C, [D,] H, W)
-) -> dict[str, float]:  # obedience, chance, wrong_over_right; mean squared errors right, wrong, mean, average, untransformed
-    "How well answers follow requests, and the errors of three answers that do not listen (grey mean, average, untransformed)."
+) -> dict[str, float]:  # obedience, chance, wrong_over_right; mean squared errors right, wrong, mean, average, untransformed, template
+    "How well answers follow requests, the errors of answers that do not listen (grey mean, average, untransformed), and of one that does not look (template)."
     rights = right_answers(clean)
     mse = lambda a, b: (a - b).square().flatten(a.ndim - rights.ndim + 2).mean(-1)
     to_each = torch.stack([mse(answers, rights[:, j, None]) for j in range(rights.shape[1])], 2)  # asked x target
@@ -52,7 +52,7 @@ def obedience(
     return dict(obedience=(to_each.argmin(2) == asked).float().mean().item(), chance=1 / rights.shape[1],
                 right=right, wrong=wrong, wrong_over_right=wrong / max(right, 1e-12),
                 mean=mse(rights, grey).mean().item(), average=mse(rights, rights.mean(1, keepdim=True)).mean().item(),
-                untransformed=mse(rights, clean[:, None]).mean().item())
+                untransformed=mse(rights, clean[:, None]).mean().item(), template=mse(rights, rights.mean(0, keepdim=True)).mean().item())
 
 # %% ../nbs/11_diagnose.ipynb #509fbce8
 def _slice(image: Tensor):

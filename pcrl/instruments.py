@@ -91,15 +91,16 @@ def carried(
     clean: Tensor,  # what the transforms are asked of, as `shown`
 ) -> dict[str, float]:  # mean squared errors: carried_intact; carried_deepest_shuffled, .._zeroed; carried_skip1_shuffled, ..
     "The error when one of the decoder's maps is that of another image, or zero."
-    every, levels = distinct_transforms(shown.ndim - 2, shown.device), []
-    vec = every[torch.arange(len(shown), device=shown.device) % len(every)]
+    every, levels, n = distinct_transforms(shown.ndim - 2, shown.device), [], len(shown) // 2 * 2
+    shown, clean, at = shown[:n], clean[:n], torch.arange(n, device=shown.device)
+    vec, partner = every[at // 2 % len(every)], at ^ 1  # two neighbours are asked for the same, so that exchanging their maps changes the image alone
     right = apply_transforms(clean, vec)
     error = lambda change: (model.reconstruct(shown, vec, change).float() - right).square().mean().item()
     with evaluating(model):
         out = dict(carried_intact=error(lambda pyramid: levels.append(len(pyramid)) or pyramid))
         for i in range(levels[0]):
             name = "deepest" if i == levels[0] - 1 else f"skip{i + 1}"
-            out[f"carried_{name}_shuffled"] = error(_changed(i, lambda f: f.roll(1, 0)))
+            out[f"carried_{name}_shuffled"] = error(_changed(i, lambda f: f[partner]))
             out[f"carried_{name}_zeroed"] = error(_changed(i, torch.zeros_like))
     return out
 
