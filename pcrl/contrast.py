@@ -80,15 +80,20 @@ class KeyQueue(nn.Module):
 
 # %% ../nbs/08_contrast.ipynb #502ca574
 @patch
+def _places(self: KeyQueue, keys: Tensor) -> tuple[Tensor, Tensor, int]:
+    "Of a push: the rows it fills, the keys that go there, and how many keys were pushed in all."
+    size, pushed = len(self.rows), self._count + len(keys)
+    keys = keys[-size:].to(self.rows.dtype)
+    return torch.arange(pushed - len(keys), pushed, device=keys.device) % size, keys, pushed
+
+
+@patch
 @torch.no_grad()
 def push(self: KeyQueue,
     keys: Tensor,  # (n, dim), of any precision
 ):
     "Add keys, the oldest out."
-    size = len(self.rows)
-    self._count += len(keys)
-    keys = keys[-size:].to(self.rows.dtype)
-    at = torch.arange(self._count - len(keys), self._count, device=keys.device) % size
+    at, keys, self._count = self._places(keys)
     self.rows[at] = keys
     self.pushed.fill_(self._count)
 
@@ -99,9 +104,8 @@ def after(self: KeyQueue,
     keys: Tensor,  # (n, dim), of any precision
 ) -> Tensor:  # `keys` of the queue as they would be after `push(keys)`
     "Look at a push without doing it."
-    twin = deepcopy(self)
-    twin.push(keys)
-    return twin.keys
+    at, keys, pushed = self._places(keys)
+    return self.rows.index_copy(0, at, keys)[:pushed]
 
 # %% ../nbs/08_contrast.ipynb #bf516074
 def momentum_copy(
