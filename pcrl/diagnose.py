@@ -88,24 +88,34 @@ def answers_figure(
     return fig
 
 # %% ../nbs/11_diagnose.ipynb #1c099d04
+def _path_columns(model: nn.Module, views) -> dict[str, Tensor]:  # images by "path: what it is"
+    "What there is to see of each path that the recipe reconstructs."
+    training, paths = model.training, model.recipe.reconstructed
+    out = model.eval()(views).reconstructions
+    model.train(training)
+    names = [*paths, *(f"{path}2" for path in paths if model.recipe.mixup_pass)]
+    clean = dict(o=views.clean_o, m=views.clean_m, h=mix(views.clean_o, views.clean_m, views.lam))
+    seen = dict(o=views.corrupt_o, m=views.corrupt_m, o2=views.get("mixed_o"), m2=views.get("mixed_m"))
+    columns = {}
+    for name, target, answer in zip(names, *(x.chunk(len(names)) for x in (views.targets, out))):
+        parts = dict(clean=clean.get(name), corrupted=seen.get(name), target=target, reconstruction=answer)
+        columns |= {f"{name}: {part}": images for part, images in parts.items() if images is not None}
+    return columns
+
+
 @torch.no_grad()
 def paths_figure(
-    model: nn.Module,  # a method with `forward(views)`
+    model: nn.Module,  # a `PCRL` that reconstructs
     views,  # of one step, from `model.views`
     rows: int = 2,  # images to show, one a row
 ):  # a matplotlib Figure
-    "Original, corrupted (of o and m), target and reconstruction for the ordinary, momentum and hybrid paths."
+    "Original, corrupted (not of a hybrid path), target and reconstruction for each path that the recipe reconstructs."
     from matplotlib.figure import Figure
-    training = model.training
-    out = model.eval()(views).reconstructions.view(3, -1, *views.clean_o.shape[1:])
-    model.train(training)
-    targets, mixed = views.targets.view_as(out), mix(views.clean_o, views.clean_m, views.lam)
-    rows = min(rows, len(views.clean_o))
-    columns = {"o: clean": views.clean_o, "o: corrupted": views.corrupt_o, "o: target": targets[0], "o: reconstruction": out[0],
-               "m: clean": views.clean_m, "m: corrupted": views.corrupt_m, "m: target": targets[1], "m: reconstruction": out[1],
-               "h: clean": mixed, "h: target": targets[2], "h: reconstruction": out[2]}
-    fig = Figure(figsize=(14, 1.6 * rows), dpi=80, layout="constrained")
+    columns, rows = _path_columns(model, views), min(rows, len(views.clean_o))
+    limits = views.clean_o.aminmax() if model.recipe.imagenet else (0, 1)
+    fig = Figure(figsize=(1.3 * len(columns), 1.6 * rows), dpi=80, layout="constrained")
     for i, row in enumerate(fig.subplots(rows, len(columns), squeeze=False)):
         for ax, (title, images) in zip(row, columns.items()):
             _picture(ax, images[i], f"{title}, λ {views.lam[i]:.2f}" if title == "h: clean" else title)
+            ax.images[0].set_clim(*map(float, limits))
     return fig
