@@ -14,6 +14,7 @@ import csv, json, math, os, platform, time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import fastai, fastai.callback.progress, torch  # importing fastai.callback.progress gives every Learner its bar
@@ -345,8 +346,8 @@ def resume(
 # %% ../nbs/09a_runs.ipynb #83f380b0
 def _net_config(config: dict) -> dict:
     "The settings of a run's U-Net, with their defaults where the run's config does not say."
-    standard = UNet(config["dims"], width=4).config
-    return {k: config.get(k, default) for k, default in standard.items()}
+    settings = signature(UNet).parameters.values()
+    return {s.name: config.get(s.name, s.default) for s in settings if s.name != "checkpoint"}  # it changes no weight
 
 
 def load_weights_(
