@@ -274,7 +274,7 @@ def _blur_side_by_side(
     for axis in (1, 2)[depth == 1:]: y = _convolve(y, each, axis)  # (C, D, H, g W)
     y = y.unflatten(3, (g, width)).permute(0, 1, 4, 3, 2).flatten(3).contiguous()
     y = _convolve(y, kernel.repeat_interleave(height, 0) * gain[1].reshape(-1, 1), 2)  # (C, D, W, g H)
-    y = y.unflatten(3, (g, height)).permute(3, 0, 1, 4, 2).contiguous()
+    y = y.unflatten(3, (g, height)).permute(3, 0, 1, 4, 2)
     return zip(y, (gain[0][:, :, None] * gain[2][:, None])[:, :, None])
 
 # %% ../nbs/04_transforms.ipynb #73deb813
