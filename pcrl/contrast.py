@@ -82,20 +82,22 @@ class KeyQueue(nn.Module):
 
 # %% ../nbs/08_contrast.ipynb #502ca574
 @patch
+def _places(self: KeyQueue, keys: Tensor) -> tuple[Tensor, Tensor, int]:
+    "Of a push: the rows it fills, the keys that go there, and how many keys were pushed in all."
+    size, pushed = len(self.rows), self._count + len(keys)
+    keys = keys[-size:].to(self.rows.dtype)
+    return torch.arange(pushed - len(keys), pushed, device=keys.device) % size, keys, pushed
+
+
+@patch
 @torch.no_grad()
 def push(self: KeyQueue,
     keys: Tensor,  # (n, dim), of any precision
 ):
     "Add keys, the oldest out."
-    self._count += len(keys)
+    at, keys, self._count = self._places(keys)
+    self.rows[at] = keys
     self.pushed.fill_(self._count)
-    _write(self.rows, keys, self._count)
-
-
-def _write(rows: Tensor, keys: Tensor, count: int):
-    "Put keys where they belong in a circle of rows, when `count` have been pushed in all."
-    keys = keys[-len(rows):].to(rows.dtype)
-    rows[torch.arange(count - len(keys), count, device=keys.device) % len(rows)] = keys
 
 # %% ../nbs/08_contrast.ipynb #2f5c0ac5
 @patch
@@ -104,9 +106,8 @@ def after(self: KeyQueue,
     keys: Tensor,  # (n, dim), of any precision
 ) -> Tensor:  # `keys` of the queue as they would be after `push(keys)`
     "Look at a push without doing it."
-    rows, count = self.rows.clone(), self._count + len(keys)
-    _write(rows, keys, count)
-    return rows[:count]
+    at, keys, pushed = self._places(keys)
+    return self.rows.index_copy(0, at, keys)[:pushed]
 
 # %% ../nbs/08_contrast.ipynb #bf516074
 def momentum_copy(

@@ -88,24 +88,34 @@ def answers_figure(
     return fig
 
 # %% ../nbs/11_diagnose.ipynb #1c099d04
+def _path_columns(model: nn.Module, views) -> dict[str, Tensor]:  # images by "path: what it is"
+    "What there is to see of each path that the recipe reconstructs."
+    training, paths = model.training, model.recipe.reconstructed
+    out = model.eval()(views).reconstructions
+    model.train(training)
+    names = [*paths, *(f"{path}2" for path in paths if model.recipe.mixup_pass)]
+    clean = dict(o=views.clean_o, m=views.clean_m, h=mix(views.clean_o, views.clean_m, views.lam))
+    seen = dict(o=views.corrupt_o, m=views.corrupt_m, o2=views.get("mixed_o"), m2=views.get("mixed_m"))
+    columns = {}
+    for name, target, answer in zip(names, *(x.chunk(len(names)) for x in (views.targets, out))):
+        parts = dict(clean=clean.get(name), corrupted=seen.get(name), target=target, reconstruction=answer)
+        columns |= {f"{name}: {part}": images for part, images in parts.items() if images is not None}
+    return columns
+
+
 @torch.no_grad()
 def paths_figure(
-    model: nn.Module,  # a method with `forward(views)`
+    model: nn.Module,  # a `PCRL` that reconstructs
     views,  # of one step, from `model.views`
     rows: int = 2,  # images to show, one a row
 ):  # a matplotlib Figure
-    "Original, corrupted (of o and m), target and reconstruction for each path that the recipe reconstructs."
+    "Original, corrupted (not of a hybrid path), target and reconstruction for each path that the recipe reconstructs."
     from matplotlib.figure import Figure
-    training, n, columns = model.training, len(views.clean_o), {}
-    out = model.eval()(views).reconstructions
-    model.train(training)
-    for path, target, answer in zip(model.recipe.reconstructed, views.targets.split(n), out.split(n)):
-        if path == "h": columns["h: clean"] = mix(views.clean_o, views.clean_m, views.lam)
-        else: columns |= {f"{path}: clean": views[f"clean_{path}"], f"{path}: corrupted": views[f"corrupt_{path}"]}
-        columns |= {f"{path}: target": target, f"{path}: reconstruction": answer}
-    rows = min(rows, n)
-    fig = Figure(figsize=(1.27 * len(columns), 1.6 * rows), dpi=80, layout="constrained")
+    columns, rows = _path_columns(model, views), min(rows, len(views.clean_o))
+    limits = views.clean_o.aminmax() if model.recipe.imagenet else (0, 1)
+    fig = Figure(figsize=(1.3 * len(columns), 1.6 * rows), dpi=80, layout="constrained")
     for i, row in enumerate(fig.subplots(rows, len(columns), squeeze=False)):
         for ax, (title, images) in zip(row, columns.items()):
             _picture(ax, images[i], f"{title}, λ {views.lam[i]:.2f}" if title == "h: clean" else title)
+            ax.images[0].set_clim(*map(float, limits))
     return fig

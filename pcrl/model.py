@@ -102,22 +102,23 @@ def _pick(self: PCRL, o: Tensor, m: Tensor, lam: Tensor) -> Tensor:
 
 
 @patch
-def _targets(self: PCRL, v: AttrDict, stored: Tensor) -> Tensor:
-    "What the paths shall reconstruct, stacked along the batch. Clean crops are turned as they are stored, bytes being quicker to move."
+def _targets(self: PCRL, v: AttrDict) -> Tensor:
+    "What the paths shall reconstruct, stacked along the batch."
     r = self.recipe
-    o, m = stored.chunk(2) if r.target == "clean" and not r.imagenet else (v[f"{r.target}_o"], v[f"{r.target}_m"])
-    turned = lambda x, vec: to_unit(apply_transforms(x, vec))
+    o, m = v[f"{r.target}_o"], v[f"{r.target}_m"]
     if r.hybrid_transform:
-        of = dict(o=lambda: turned(o, v.vec_o), m=lambda: turned(m, v.vec_m), h=lambda: mix(turned(o, v.vec_h), turned(m, v.vec_h), v.lam))
-        targets = torch.cat([of[path]() for path in r.reconstructed])
-    else: targets = self._pick(turned(o, v.vec_o), turned(m, v.vec_m), v.lam)
+        targets = o.new_empty(len(r.reconstructed), *o.shape)
+        for path, target in zip(r.reconstructed, targets):
+            apply_transforms(dict(o=o, m=m)[path] if path != "h" else mix(o, m, v.lam), v[f"vec_{path}"], target)
+        targets = targets.flatten(0, 1)
+    else: targets = self._pick(apply_transforms(o, v.vec_o), apply_transforms(m, v.vec_m), v.lam)
     if not r.mixup_pass: return targets
     return torch.cat([targets, self._pick(*(mix_in_batch(x, v.partner, v.lam_in) for x in (v.clean_o, v.clean_m)), v.lam2)])
 
 # %% ../nbs/09_model.ipynb #db3b2b7a
 @patch
-def _clean_and_corrupt(self: PCRL, crops: Tensor, generator, draw: dict) -> tuple[Tensor, Tensor, Tensor]:
-    "Crops as the recipe wants to see them, what it makes of them, and the former as they are stored: all o, then all m."
+def _clean_and_corrupt(self: PCRL, crops: Tensor, generator, draw: dict) -> tuple[Tensor, Tensor]:
+    "Crops as the recipe wants to see them, and what it makes of them: all o, then all m."
     r, stored = self.recipe, crops.transpose(0, 1).flatten(0, 1)
     if r.input_channels and stored.shape[1] == 1: stored = stored.repeat_interleave(r.input_channels, 1)
     if r.turn_clean: stored = apply_transforms(stored, sample_transforms(len(stored), self.dims, **draw, distinct=r.distinct_transforms))
@@ -125,7 +126,7 @@ def _clean_and_corrupt(self: PCRL, crops: Tensor, generator, draw: dict) -> tupl
     corrupted = self.corrupted(clean, generator)
     if r.imagenet: clean, corrupted = to_imagenet(clean), to_imagenet(corrupted)
     if r.holes: corrupted = cut_holes(corrupted, r.holes, r.hole_side, generator)
-    return clean, corrupted, stored
+    return clean, corrupted
 
 
 @patch
@@ -151,13 +152,13 @@ def views(self: PCRL,
     n, r = len(crops), self.recipe
     draw = dict(generator=generator, device=crops.device)
     lam = partial(sample_lam, n, r.alpha, r.lam_per_sample, r.lam_larger_share, **draw)
-    clean, corrupted, stored = self._clean_and_corrupt(crops, generator, draw)
+    clean, corrupted = self._clean_and_corrupt(crops, generator, draw)
     vec = sample_transforms(3 * n, self.dims, **draw, distinct=r.distinct_transforms)
     v = AttrDict(clean_o=clean[:n], clean_m=clean[n:], corrupt_o=corrupted[:n], corrupt_m=corrupted[n:],
                  vec_o=vec[:n], vec_m=vec[n:2 * n], vec_h=vec[2 * n:], lam=lam())
     if r.mixup_pass: v |= self._mixup_views(v, lam, draw)
     if r.shuffle_keys: v.order = torch.randperm(n, **draw)
-    if r.reconstruction_weight: v.targets = self._targets(v, stored)
+    if r.reconstruction_weight: v.targets = self._targets(v)
     return v
 
 # %% ../nbs/09_model.ipynb #f34e8a80

@@ -10,10 +10,11 @@ __all__ = ['CURVES', 'gradient_norm', 'FiniteGuard', 'check_bfloat16', 'CosineDe
            'LossWithFigures', 'finetune_learner']
 
 # %% ../nbs/09a_runs.ipynb #b255cc43
-import csv, inspect, json, math, os, platform, time
+import csv, json, math, os, platform, time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import fastai, fastai.callback.progress, torch  # importing fastai.callback.progress gives every Learner its bar
@@ -346,8 +347,8 @@ def resume(
 # %% ../nbs/09a_runs.ipynb #83f380b0
 def _net_config(config: dict) -> dict:
     "The settings of a run's U-Net, with their defaults where the run's config does not say."
-    arguments = inspect.signature(UNet).parameters
-    return {k: config.get(k, a.default) for k, a in arguments.items() if k != "checkpoint"}
+    settings = signature(UNet).parameters.values()
+    return {s.name: config.get(s.name, s.default) for s in settings if s.name != "checkpoint"}  # it changes no weight
 
 
 def load_weights_(

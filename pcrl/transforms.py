@@ -10,6 +10,7 @@ __all__ = ['to_unit', 'n_indicators', 'sample_transforms', 'apply_transforms', '
 
 # %% ../nbs/04_transforms.ipynb #2303afd4
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -81,16 +82,16 @@ def _turn(
     x: Tensor,  # (B, C, [D,] H, W)
     plane: Tensor,  # (B, 2, 2)
     z_sign: Tensor | None,  # (B,), +1 or -1; None in 2D
-) -> Tensor:  # as x
-    "What `_gather` gives, by flips and transpositions of groups of samples."
+    out: Tensor | None = None,  # where to write; None: a new tensor as `x`
+) -> Tensor:  # `out`
+    "What `_gather` gives, by flips and transpositions of one sample after another."
     signs = [*plane.sum(2).unbind(1)] + ([] if z_sign is None else [z_sign])
     wanted = torch.stack([plane[:, 0, 0] == 0, *(s < 0 for s in signs)], 1)
-    kinds, kind, counts = wanted.unique(dim=0, return_inverse=True, return_counts=True)
-    order, parts = kind.argsort(), []
-    for (transposed, *flips), part in zip(kinds.tolist(), x.index_select(0, order).split(counts.tolist())):
-        part = part.flip([axis for axis, on in zip((-2, -1, -3), flips) if on])
-        parts.append(part.mT if transposed else part)
-    return torch.cat(parts).index_select(0, order.argsort())
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    for image, place, (transposed, *flips) in zip(x, out, wanted.tolist()):
+        image = image.flip([axis for axis, on in zip((-2, -1, -3), flips) if on])
+        place.copy_(image.mT if transposed else image)
+    return out
 
 # %% ../nbs/04_transforms.ipynb #96650f6a
 def _check(x: Tensor, vec: Tensor):
@@ -105,21 +106,24 @@ def _check(x: Tensor, vec: Tensor):
                          f"but this crop is {h} x {w} (H x W): choose crops with H = W")
 
 # %% ../nbs/04_transforms.ipynb #b7bf6ad3
-def _signed_permutation(x: Tensor, vec: Tensor, plane: Tensor) -> Tensor:
+def _signed_permutation(x: Tensor, vec: Tensor, plane: Tensor, out: Tensor | None = None) -> Tensor:
     "Apply the matrix in the plane, and flip z where the vector says so, in the way that suits the device."
     _check(x, vec)
-    move = _turn if x.device.type == "cpu" else _gather
-    return move(x, plane, 1 - 2 * vec[:, 2] if x.ndim == 5 else None)
+    z_sign = 1 - 2 * vec[:, 2] if x.ndim == 5 else None
+    if x.device.type == "cpu": return _turn(x, plane, z_sign, out)
+    turned = _gather(x, plane, z_sign)
+    return turned if out is None else out.copy_(turned)
 
 
 def apply_transforms(
     x: Tensor,  # images, (B, C, H, W) or (B, C, D, H, W), any dtype
     vec: Tensor,  # indicator vectors, (B, 6) or (B, 7)
+    out: Tensor | None = None,  # where to write the result, of x's shape; None: a new tensor
 ) -> Tensor:  # T(x), as x
     """Flip and turn each image as its indicator vector says: first the flips, then the rotation in the xy-plane.
 
     Raises ValueError if the vectors do not fit the images, or for a quarter turn where H and W differ."""
-    return _signed_permutation(x, vec, _plane_matrix(vec))
+    return _signed_permutation(x, vec, _plane_matrix(vec), out)
 
 # %% ../nbs/04_transforms.ipynb #0e4143a2
 def invert_transforms(
@@ -202,18 +206,18 @@ def painted_region(
     return union.bitwise_xor_(flag(~inpaint)).bitwise_and_(flag(painted)).view(torch.bool)
 
 # %% ../nbs/04_transforms.ipynb #712f8305
-def _noise(shape: tuple[int, ...], dtype: torch.dtype, generator, device) -> Tensor:
-    "Uniform noise inside (0, 1) in 65536 steps: four values from every 64 random bits, which are what takes time."
-    words = torch.empty(-(-math.prod(shape) // 4), dtype=torch.int64, device=device)
-    levels = words.random_(-2**63, None, generator=generator).view(torch.int16)[:math.prod(shape)].view(shape)
-    return torch.add(torch.tensor(0.5 + 0.5 / 2**16, dtype=dtype), levels, alpha=1 / 2**16)
+def _noise(shape: tuple[int, ...], generator, device) -> Tensor:
+    "Uniform bytes, eight from every 64 random bits, which are what takes time."
+    words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=device)
+    return words.random_(-2**63, None, generator=generator).view(torch.uint8)[:math.prod(shape)].view(shape)
 
 
 def _paint_(x: Tensor, region: Tensor, generator) -> Tensor:
     "`paint` in place, by slices that stay in a processor's cache; they fix which random numbers a voxel gets, so they are the same everywhere."
     count = max(1, 2**20 // x[0].numel())
     for part, hidden in zip(x.split(count), region.split(count)):
-        part.lerp_(_noise(part.shape, x.dtype, generator, x.device), hidden[:, None].view(torch.uint8).to(x.dtype))
+        noise = to_unit(_noise(part.shape, generator, x.device)).to(x.dtype)
+        part.lerp_(noise, hidden[:, None].view(torch.uint8).to(x.dtype))
     return x
 
 
@@ -226,56 +230,81 @@ def paint(
     return _paint_(x.clone(), region, generator)
 
 # %% ../nbs/04_transforms.ipynb #56431388
-def _gaussian_band(
+def _gaussian(
+    away: Tensor,  # distances, voxels, of any shape
     sigma: Tensor,  # (B,), voxels
-    rows: int,
-    reach: int,  # columns to either side of the rows
-) -> Tensor:  # (B, rows, rows + 2 * reach), not yet normalised
-    "Some rows of the matrix that blurs along one axis, and of its columns those near the diagonal."
-    at = torch.arange(-reach, rows + reach, device=sigma.device, dtype=sigma.dtype)
-    away, sigma = (at[reach:reach + rows, None] - at).abs(), sigma.clamp(min=1e-3).view(-1, 1, 1)
+) -> Tensor:  # (B, *away.shape), not normalised
+    "The weights of neighbours at these distances."
+    sigma = sigma.clamp(min=1e-3).view(-1, *[1] * away.ndim)
     return torch.exp(-0.5 * (away / sigma) ** 2) * (away <= 4 * sigma)
 
 # %% ../nbs/04_transforms.ipynb #2077ec17
-def _blur_axis(
+def _blur_by_matrix(
     x: Tensor,  # (B, C, [D,] H, W)
     sigma: Tensor,  # (B,)
-    axis: int,
-    reach: int,  # at least 4 sigma
 ) -> Tensor:  # as x
-    "Blur along one axis: a product with a banded matrix, 16 of its rows at a time."
-    length, last, parts = x.shape[axis], axis == x.ndim - 1, []
-    y = x.reshape(len(x), -1, length) if last else x.reshape(-1, length, x.shape[axis + 1:].numel())
-    block = 16 if reach < length else length
-    band = _gaussian_band(sigma, block, reach).to(x.dtype)
-    for start in range(0, length, block):
-        stop = min(start + block, length)
-        low, high = max(start - reach, 0), min(stop + reach, length)
-        rows = band[:, :stop - start, low - start + reach:high - start + reach]
-        rows = rows / rows.sum(-1, keepdim=True)
-        if last: parts.append(y[..., low:high] @ rows.mT)
-        else: parts.append(rows.repeat_interleave(len(y) // len(x), 0) @ y[:, low:high])
-    return torch.cat(parts, -1 if last else 1).view(x.shape)
-
-# %% ../nbs/04_transforms.ipynb #b9aac63a
-def _blur(x: Tensor, sigma: Tensor, reach: int) -> Tensor:
-    "Blur along all axes."
-    for axis in range(2, x.ndim): x = _blur_axis(x, sigma, axis, reach)
+    "Blur along one axis after the other, all samples at once."
+    for axis in range(2, x.ndim):
+        at = torch.arange(x.shape[axis], device=x.device, dtype=sigma.dtype)
+        matrix = _gaussian((at[:, None] - at).abs(), sigma).to(x.dtype)
+        matrix = matrix / matrix.sum(-1, keepdim=True)
+        if axis == x.ndim - 1: blurred = x.reshape(len(x), -1, len(at)) @ matrix.mT
+        else:
+            y = x.reshape(-1, len(at), x.shape[axis + 1:].numel())
+            blurred = matrix.repeat_interleave(len(y) // len(x), 0) @ y
+        x = blurred.view(x.shape)
     return x
 
+# %% ../nbs/04_transforms.ipynb #2ad9cc5e
+def _convolve(
+    x: Tensor,  # (C, D, H, K), K innermost in memory
+    kernel: Tensor,  # (K, taps)
+    axis: int,  # 1 or 2, D or H
+) -> Tensor:  # as x
+    "Along D or H, with a kernel for each place along the last axis."
+    kernel = kernel[:, None, :, None] if axis == 1 else kernel[:, None, None]
+    padding = [side // 2 for side in kernel.shape[2:]]
+    return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=padding, groups=len(kernel)).permute(0, 2, 3, 1)
 
+
+def _blur_side_by_side(
+    images: list[Tensor],  # g of (C, D, H, W)
+    kernel: Tensor,  # of each image, (g, taps)
+    gain: list[Tensor],  # along D, H and W, (g, length): one over the share of the kernel that lies within
+) -> Iterator[tuple[Tensor, Tensor]]:  # of each image: (C, D, H, W), and the factor that remains, (D, 1, W)
+    "Blur a few images along all axes."
+    (depth, height, width), g = images[0].shape[1:], len(images)
+    y, each = torch.cat(images, -1), kernel.repeat_interleave(width, 0)
+    for axis in (1, 2)[depth == 1:]: y = _convolve(y, each, axis)  # (C, D, H, g W)
+    y = y.unflatten(3, (g, width)).permute(0, 1, 4, 3, 2).flatten(3).contiguous()
+    y = _convolve(y, kernel.repeat_interleave(height, 0) * gain[1].reshape(-1, 1), 2)  # (C, D, W, g H)
+    y = y.unflatten(3, (g, height)).permute(3, 0, 1, 4, 2)
+    return zip(y, (gain[0][:, :, None] * gain[2][:, None])[:, :, None])
+
+# %% ../nbs/04_transforms.ipynb #73deb813
+def _blur_chosen(x: Tensor, sigma: Tensor) -> Tensor:
+    "`blur` of 3D images on a processor."
+    out, order, still = torch.empty_like(x), sigma.argsort(), int((4 * sigma < 1).sum())
+    for i in order[:still].tolist(): out[i] = x[i]
+    if still == len(x): return out
+    chosen, reach, count = order[still:], math.ceil(4 * sigma.max().item()), max(1, 2**18 // x[0].numel())
+    kernels = _gaussian(torch.arange(-reach, reach + 1).abs(), sigma[chosen]).to(x.dtype)
+    within = lambda length: F.conv1d(torch.ones(1, len(chosen), length, dtype=x.dtype), kernels[:, None], padding=reach, groups=len(chosen))[0]
+    gains = [1 / within(length) for length in x.shape[2:]]
+    for rows, kernel, *gain in zip(*(t.split(count) for t in (chosen, kernels, *gains))):
+        rows, kernel = rows.tolist(), kernel[:, kernel[-1] > 0]  # the last sigma is the largest
+        for i, (image, factor) in zip(rows, _blur_side_by_side([x[i] for i in rows], kernel, gain)): torch.mul(image, factor, out=out[i])
+    return out
+
+# %% ../nbs/04_transforms.ipynb #b9aac63a
 def blur(
     x: Tensor,  # images, (B, C, [D,] H, W), float
-    sigma: Tensor,  # standard deviation, (B,), voxels; 0 leaves the image as it is
+    sigma: Tensor,  # standard deviation, (B,), voxels; under 1/4 it reaches no neighbour and leaves the image as it is
 ) -> Tensor:  # a new tensor, as x
     "Gaussian blur, with its own sigma for each sample, cut off at 4 sigma."
-    if x.device.type != "cpu": return _blur(x, sigma, max(x.shape[2:]))  # to ask for sigma would be to wait
-    out, rows = x.clone(), sigma.argsort()[(sigma == 0).sum():]
-    if not len(rows): return out
-    for group in rows.split(max(1, 2**19 // x[0].numel())):  # of similar sigma, small enough for the cache
-        part = _blur(x.index_select(0, group), sigma[group], math.ceil(4 * sigma[group[-1]].item()))
-        out.index_copy_(0, group, part)
-    return out
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type != "cpu": return _blur_by_matrix(x, sigma)
+        return _blur_chosen(x[:, :, None], sigma)[:, :, 0] if x.ndim == 4 else _blur_chosen(x, sigma)
 
 # %% ../nbs/04_transforms.ipynb #72de3b65
 def _shuffled(

@@ -13,7 +13,7 @@ from pcrl.crops import crop_loaders
 from pcrl.model import PCRL
 from pcrl.pretrain import pretrain_learner
 from pcrl.runs import check_bfloat16, gradient_norm
-from pcrl.transforms import apply_transforms, sample_transforms
+from pcrl.transforms import apply_transforms, blur, sample_transforms
 
 SMALLEST = {2: (32, 32), 3: (8, 8, 8)}
 SOUND_IN_BF16 = {2: (32, 32), 3: (24, 16, 16)}  # no map 2 voxels deep: see `check_bfloat16`
@@ -106,8 +106,9 @@ def test_cosines_of_the_log_are_float32_under_autocast():
 
 def test_transforms_are_exact_under_autocast():
     x, vec = torch.rand(8, 1, 320, 320), sample_transforms(8, 2, torch.Generator().manual_seed(0))
-    with half("cpu"): turned = apply_transforms(x, vec)
-    assert (turned == apply_transforms(x, vec)).all()
+    sigma = torch.linspace(0, 2, 8)
+    with half("cpu"): turned, blurred = apply_transforms(x, vec), blur(x, sigma)
+    assert (turned == apply_transforms(x, vec)).all() and (blurred == blur(x, sigma)).all()
 
 
 def test_bfloat16_is_refused_where_a_cpu_computes_it_wrongly():
