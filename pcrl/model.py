@@ -21,7 +21,7 @@ from .crossmix import crossmix, mix, sample_lam
 from .official import (
     BinaryNCE, affine, cut_holes, encode_shuffled, jitter_colours, mix_in_batch, random_matrix, to_imagenet)
 from .recipes import Recipe, get_recipe
-from .transatt import CentredTransAtt, OfficialTransAtt, OpenTransAtt, TransAtt
+from .transatt import CentredTransAtt, NoTransAtt, OfficialTransAtt, OpenTransAtt, TransAtt
 from .transforms import apply_transforms, corrupt, distinct_transforms, local_shuffle, n_indicators, sample_transforms, to_unit
 from .unet import UNet
 
@@ -44,7 +44,7 @@ class Branch(nn.Module):
         return [*pyramid[:-1], self.transatt(pyramid[-1], vec)]
 
 # %% ../nbs/09_model.ipynb #29c49493
-TRANSATTS = dict(outer=TransAtt, fc=OfficialTransAtt, centred=CentredTransAtt, open=OpenTransAtt)  # a recipe's `transatt`
+TRANSATTS = dict(outer=TransAtt, fc=OfficialTransAtt, centred=CentredTransAtt, open=OpenTransAtt, none=NoTransAtt)  # a recipe's `transatt`
 
 
 class PCRL(nn.Module):
@@ -65,12 +65,13 @@ class PCRL(nn.Module):
         self.config, unet = dict(method="pcrl", dims=dims, **net), UNet(dims, **net)
         channels = unet.encoder.channels[-1]
         self.divisor, self.decoder = unet.divisor, unet.decoder
-        kind, rank = TRANSATTS[r.transatt], {} if r.transatt == "fc" else dict(rank=r.transatt_rank)
+        kind, rank = TRANSATTS[r.transatt], {} if r.transatt in ("fc", "none") else dict(rank=r.transatt_rank)
         transatt = kind(channels, n_indicators(dims), dims, **rank)
         self.ordinary = Branch(unet.encoder, transatt, Projector(channels, r.projection, r.projector_norm))
         self.momentum = momentum_copy(self.ordinary, own_statistics=not r.ema_statistics)
         self.queue = KeyQueue(r.queue_size, r.projection, r.queue_noise)
         if r.contrast == "nce": self.nce = BinaryNCE(r.nce_n or 1, r.tau)
+        if r.rotation_weight: self.rotation = nn.Linear(channels, 4)
 
 # %% ../nbs/09_model.ipynb #862210fe
 @patch(as_prop=True)
@@ -121,7 +122,7 @@ def _clean_and_corrupt(self: PCRL, crops: Tensor, generator, draw: dict) -> tupl
     "Crops as the recipe wants to see them, and what it makes of them: all o, then all m."
     r, stored = self.recipe, crops.transpose(0, 1).flatten(0, 1)
     if r.input_channels and stored.shape[1] == 1: stored = stored.repeat_interleave(r.input_channels, 1)
-    if r.turn_clean: stored = apply_transforms(stored, sample_transforms(len(stored), self.dims, **draw, distinct=r.distinct_transforms))
+    if r.turn_clean: stored = apply_transforms(stored, sample_transforms(len(stored), self.dims, **draw))
     clean = to_unit(stored)
     corrupted = self.corrupted(clean, generator)
     if r.imagenet: clean, corrupted = to_imagenet(clean), to_imagenet(corrupted)
@@ -137,6 +138,14 @@ def _mixup_views(self: PCRL, v: AttrDict, sample_lam, draw: dict) -> AttrDict:
     mixed_o, mixed_m = (mix_in_batch(x, partner, lam_in) for x in (v.corrupt_o, v.corrupt_m))
     return AttrDict(partner=partner, lam_in=lam_in, lam2=lam2, mixed_o=mixed_o, mixed_m=mixed_m)
 
+
+@patch
+def _turned(self: PCRL, v: AttrDict, draw: dict) -> AttrDict:
+    "What the ordinary encoder sees, turned by 0 to 3 quarters in the xy-plane."
+    turns = torch.randint(0, 4, (len(v.corrupt_o),), **draw)
+    vec = F.one_hot(turns + self.dims, n_indicators(self.dims)).float()  # no flip, one rotation
+    return AttrDict(corrupt_o=apply_transforms(v.corrupt_o, vec), turns=turns)
+
 # %% ../nbs/09_model.ipynb #84fde2b7
 @patch
 @torch.no_grad()
@@ -148,17 +157,18 @@ def views(self: PCRL,
 
     `clean_o`, `clean_m`, `corrupt_o`, `corrupt_m` (B, C, ...); `vec_o`, `vec_m`, `vec_h` (B, 6 or 7); `lam` (B,); `targets` (3B, C, ...):
     what the paths o, m and h shall reconstruct. With shuffled keys `order` (B,); with a mixup pass `partner`, `lam_in`, `lam2` (B,),
-    `mixed_o`, `mixed_m` (B, C, ...), and `targets` of both passes."""
+    `mixed_o`, `mixed_m` (B, C, ...), and `targets` of both passes; with a rotation to be told `turns` (B,), by which `corrupt_o` is turned."""
     n, r = len(crops), self.recipe
     draw = dict(generator=generator, device=crops.device)
     lam = partial(sample_lam, n, r.alpha, r.lam_per_sample, r.lam_larger_share, **draw)
     clean, corrupted = self._clean_and_corrupt(crops, generator, draw)
-    vec = sample_transforms(3 * n, self.dims, **draw, distinct=r.distinct_transforms)
+    vec = sample_transforms(3 * n, self.dims, **draw, which=r.transforms)
     v = AttrDict(clean_o=clean[:n], clean_m=clean[n:], corrupt_o=corrupted[:n], corrupt_m=corrupted[n:],
                  vec_o=vec[:n], vec_m=vec[n:2 * n], vec_h=vec[2 * n:], lam=lam())
     if r.mixup_pass: v |= self._mixup_views(v, lam, draw)
     if r.shuffle_keys: v.order = torch.randperm(n, **draw)
     if r.reconstruction_weight: v.targets = self._targets(v)
+    if r.rotation_weight: v |= self._turned(v, draw)
     return v
 
 # %% ../nbs/09_model.ipynb #f34e8a80
@@ -234,10 +244,13 @@ def forward(self: PCRL,
     """Encode twice, mix, attend three times, decode once.
 
     `features` (B, C_l): F_o^l pooled, without gradient. With contrast `g_o`, `g_m`, `g_h` (B, dim), with a mixup pass also `g_o2`, `g_m2`,
-    `g_mix`. With reconstruction `reconstructions` (3B, C, ...), paths o, m, h one after another, or as many as the recipe has."""
+    `g_mix`. With reconstruction `reconstructions` (3B, C, ...), paths o, m, h one after another, or as many as the recipe has. With a rotation
+    to be told `rotation` (B, 4), logits."""
     r, v = self.recipe, views
     pyramid_o, pyramid_m = self.encode(v.corrupt_o, v.corrupt_m, v.get("order"))
-    out, attended = AttrDict(features=pyramid_o[-1].detach().flatten(2).mean(2)), r.contrasted == "attended"
+    pooled, attended = pyramid_o[-1].flatten(2).mean(2), r.contrasted == "attended"
+    out = AttrDict(features=pooled.detach())
+    if r.rotation_weight: out.rotation = self.rotation(pooled)
     paths = self.attend(pyramid_o, pyramid_m, v) if attended or r.reconstruction_weight else {}
     maps = {p: f[-1] for p, f in paths.items()}
     if not attended: maps = dict(o=pyramid_o[-1], m=pyramid_m[-1], h=mix(pyramid_o[-1], pyramid_m[-1], v.lam))
@@ -300,12 +313,15 @@ def contrast(self: PCRL,
 def loss(self: PCRL,
     outputs: AttrDict,  # from `forward`
     views: AttrDict,  # that gave them
-) -> AttrDict:  # scalars: loss; contrast (L_c); reconstruction (L_p) and its terms reconstruction_o, _m, _h (_o2, .. of a mixup pass)
+) -> AttrDict:  # scalars: loss; contrast (L_c); rotation; reconstruction (L_p) and its terms reconstruction_o, _m, _h (_o2, .. of a mixup pass)
     "Eqs. 7 and 8 and their weighted sum, in float32; a part of weight 0 is left out."
     r, total, terms = self.recipe, 0, AttrDict()
     if r.contrast_weight:
         terms.contrast = self.contrast(outputs)
         total = total + r.contrast_weight * terms.contrast
+    if r.rotation_weight:
+        terms.rotation = F.cross_entropy(outputs.rotation.float(), views.turns)
+        total = total + r.rotation_weight * terms.rotation
     if r.reconstruction_weight:
         names = r.reconstructed + tuple(f"{path}2" for path in r.reconstructed) * r.mixup_pass
         squared = (outputs.reconstructions.float() - views.targets).square().unflatten(0, (len(names), -1))

@@ -15,7 +15,7 @@ from .crops import MIN_IOU, SCALES
 # %% ../nbs/08b_recipes.ipynb #f9fe05de
 @dataclass(frozen=True)
 class _Network:
-    transatt: str = "outer"  # eqs. 1-4; "fc": fully connected layers on vec(T) alone, `OfficialTransAtt`; "centred", "open": `CentredTransAtt`, `OpenTransAtt` (ours)
+    transatt: str = "outer"  # eqs. 1-4; "fc": fully connected layers on vec(T) alone, `OfficialTransAtt`; "centred", "open": `CentredTransAtt`, `OpenTransAtt` (ours); "none": `NoTransAtt`
     transatt_rank: int | None = None  # of eq. 2's W: None for the full W, r for a W of rank r (ours)
     skips: bool = True  # the decoder sees F^1 .. F^{l-1} too; False: F^{l+1} alone, while pretraining (ours)
     projection: int = 128  # width of the projector's two layers (the authors' code's)
@@ -30,7 +30,7 @@ class _Reconstruction:
     reconstruction_mean: bool = False  # False: the sum of their errors, eq. 8; True: the mean
     target: str = "clean"  # T of the clean crop; "corrupt": T of the corrupted one
     turn_clean: bool = True  # clean crops have a random flip and rotation of their own
-    distinct_transforms: bool = False  # T is drawn evenly from the different transforms, each under one vector (ours)
+    transforms: str = "all"  # from which T is drawn; "distinct": from the different ones, each under one vector (ours); "flips", "identity": from these alone
     hybrid_transform: bool = True  # target T_h(mixed crop); False: T_o's and T_m's images mixed, and TransAtt before CrossMix
     mixup_pass: bool = False  # a second pass of both encoders on inputs mixed within the batch
     alpha: float = 1.0  # of Beta(alpha, alpha), from which lam is drawn
@@ -58,6 +58,7 @@ class _Contrast:
 class _Training:
     contrast_weight: float = 0.5  # of L_c in the total loss; 0: reconstruction alone
     reconstruction_weight: float = 0.5  # of L_p in the total loss; 0: contrast alone
+    rotation_weight: float = 0.0  # of telling by which of four turns the ordinary encoder's input was turned (RotNet), in the place of L_p
     lr: float = 1e-3  # SGD's learning rate
     momentum: float = 0.9  # SGD's momentum
     weight_decay: float = 0.0  # SGD's weight decay
@@ -100,7 +101,7 @@ class _Corruption:
     hole_side: int = 32  # of a hole, in voxels
 
 # %% ../nbs/08b_recipes.ipynb #de4649a6
-CHOICES = dict(transatt=("outer", "fc", "centred", "open"), target=("clean", "corrupt"), contrast=("softmax", "nce"), contrasted=("attended", "deepest"),
+CHOICES = dict(transatt=("outer", "fc", "centred", "open", "none"), transforms=("all", "distinct", "flips", "identity"), target=("clean", "corrupt"), contrast=("softmax", "nce"), contrasted=("attended", "deepest"),
                cosine=("step", "epoch"), keep=("best", "last"))
 
 
@@ -109,7 +110,7 @@ class Recipe(_Corruption, _Input, _Training, _Contrast, _Reconstruction, _Networ
     """All settings of a pretraining method, in 2D or in 3D. The defaults are the paper's in 3D.
 
     Raises ValueError for a word that is none of a setting's choices, for paths that the recipe does not have,
-    and if both losses have weight 0."""
+    if no loss has a weight, and if images are to be turned as well as reconstructed."""
     name: str = "paper"  # under which `get_recipe` finds it
 
     def __post_init__(self):
@@ -121,8 +122,10 @@ class Recipe(_Corruption, _Input, _Training, _Contrast, _Reconstruction, _Networ
         for setting, known in dict(reconstructed=paths, queue_keys=keys).items():
             if not (named := set(getattr(self, setting))) or named - known:
                 raise ValueError(f"{setting} {tuple(getattr(self, setting))} must be some of {', '.join(sorted(known))}")
-        if not self.contrast_weight and not self.reconstruction_weight:
+        if not (self.contrast_weight or self.reconstruction_weight or self.rotation_weight):
             raise ValueError("with contrast_weight and reconstruction_weight 0 there is nothing to learn: give one of them a weight")
+        if self.rotation_weight and self.reconstruction_weight:
+            raise ValueError("rotation_weight stands in the place of reconstruction_weight: set that to 0")
 
 # %% ../nbs/08b_recipes.ipynb #ad4e7a08
 _CROPS_2D = dict(crop=(224, 224), crop_scales=SCALES[2], min_iou=MIN_IOU[2])
@@ -135,7 +138,7 @@ _OFFICIAL = dict(
     contrast_weight=1.0, reconstruction_weight=1.0, weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
     p_flip=0.5, degrees=10.0)
 _ROBUST = dict(
-    name="robust", transatt="open", skips=False, turn_clean=False, distinct_transforms=True,
+    name="robust", transatt="open", skips=False, turn_clean=False, transforms="distinct",
     contrasted="deepest", projector_norm=True, beta=0.9, queue_size=512, contrast_weight=0.3,
     lr=0.1, warmup=0.03, patience=None, keep="last", p_paint=0.5, p_inpaint=0.9)
 RECIPES = {
@@ -182,13 +185,13 @@ ITEMS: dict[str, tuple[str, ...]] = {
     "what is contrasted": ("contrasted",),
     "encoder passes": ("mixup_pass",),
     "reconstruction terms": ("reconstructed", "reconstruction_mean", "decode_together", "sigmoid_output"),
-    "target": ("target", "turn_clean", "distinct_transforms"),
+    "target": ("target", "turn_clean", "transforms"),
     "hybrid target": ("hybrid_transform",),
     "contrast": ("contrast", "tau", "positive_in_denominator", "nce_n"),
     "queue": ("queue_size", "queue_keys", "queue_noise"),
     "beta": ("beta", "ema_statistics", "shuffle_keys"),
     "lam": ("alpha", "lam_per_sample", "lam_larger_share", "lam_apart"),
-    "weights": ("contrast_weight", "reconstruction_weight"),
+    "weights": ("contrast_weight", "reconstruction_weight", "rotation_weight"),
     "schedule": ("lr", "momentum", "weight_decay", "warmup", "cosine", "epochs", "patience", "keep"),
     "projector": ("projection", "projector_norm"),
     "batch": ("bs",),

@@ -6,7 +6,8 @@ Docs: https://pcrl-team.github.io/pcrl/transforms.html.md"""
 
 # %% auto #0
 __all__ = ['to_unit', 'n_indicators', 'sample_transforms', 'apply_transforms', 'invert_transforms', 'distinct_transforms',
-           'transform_name', 'box_union', 'painted_region', 'paint', 'blur', 'local_shuffle', 'corrupt']
+           'transform_set', 'transform_name', 'box_union', 'painted_region', 'paint', 'blur', 'local_shuffle',
+           'corrupt']
 
 # %% ../nbs/04_transforms.ipynb #2303afd4
 import math
@@ -36,11 +37,11 @@ def sample_transforms(
     dims: int,  # 2 or 3
     generator: torch.Generator | None = None,  # source of the random numbers, on `device`
     device: torch.device | str | None = None,  # where the vectors live
-    distinct: bool = False,  # True: one of `distinct_transforms` instead
+    which: str = "all",  # "distinct", "flips" or "identity": one of these `transform_set`s instead
 ) -> Tensor:  # indicator vectors, (n, 6) in 2D, (n, 7) in 3D, each component 0. or 1.
     "Draw `n` sets of transforms: each flip by a fair coin, and one of four rotations."
-    if distinct:
-        every = distinct_transforms(dims, device)
+    if which != "all":
+        every = transform_set(which, dims, device)
         return every[torch.randint(0, len(every), (n,), generator=generator, device=device)]
     flips = torch.randint(0, 2, (n, dims), generator=generator, device=device)
     quarter_turns = torch.randint(0, 4, (n,), generator=generator, device=device)
@@ -145,6 +146,20 @@ def distinct_transforms(
     flips = torch.cat([flips[:, :1], torch.zeros(len(flips), 1, dtype=torch.long), flips[:, 1:]], 1)
     vec = torch.cat([flips.repeat_interleave(4, 0), torch.eye(4, dtype=torch.long).repeat(len(flips), 1)], 1)
     return vec.float().to(device)
+
+# %% ../nbs/04_transforms.ipynb #ba2b8747
+def transform_set(
+    which: str,  # "distinct", "flips" or "identity"
+    dims: int,  # 2 or 3
+    device: torch.device | str | None = None,  # where the vectors live
+) -> Tensor:  # indicator vectors, (N, 6) in 2D, (N, 7) in 3D: 8 or 16 distinct ones, 4 or 8 of flips, 1
+    """A set of different transforms.
+
+    Raises ValueError for another name."""
+    if which == "distinct": return distinct_transforms(dims, device)
+    if which not in ("flips", "identity"): raise ValueError(f"there is no set of transforms {which!r}: choose distinct, flips or identity")
+    flips = torch.cartesian_prod(*[torch.arange(2)] * dims)[:2 ** dims if which == "flips" else 1]
+    return torch.cat([flips, F.one_hot(torch.zeros(len(flips), dtype=torch.long), 4)], 1).float().to(device)
 
 # %% ../nbs/04_transforms.ipynb #c7fd0c0c
 def transform_name(

@@ -39,7 +39,7 @@ def variants(
     cures = {"paper": replace(paper, patience=None, keep="last", queue_size=512), "paper, faster": replace(paper, **faster),
              "paper, faster, what it leaves open": replace(paper, **faster, **left_open),
              "paper, faster, crops not turned": replace(paper, **faster, turn_clean=False)}
-    backs = {"crops turned": ("turn_clean",), "literal TransAtt": ("transatt",), "skips": ("skips",), "all vectors": ("distinct_transforms",),
+    backs = {"crops turned": ("turn_clean",), "literal TransAtt": ("transatt",), "skips": ("skips",), "all vectors": ("transforms",),
              "contrast after TransAtt": ("contrasted",), "plain projector": ("projector_norm",), "slow momentum, long queue": ("beta", "queue_size"),
              "equal weights": ("contrast_weight", "reconstruction_weight"), "harsh painting": ("p_paint", "p_inpaint"),
              "paper's crops": ("crop_scales",), "slow": ("lr", "warmup")}

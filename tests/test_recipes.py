@@ -824,9 +824,9 @@ def skips():
         assert differ(m.reconstruct(v.corrupt_o, v.vec_o), m.reconstruct(v.corrupt_o, v.vec_o, changed)) == used
 
 
-@row("target", "distinct_transforms")
+@row("target", "transforms")
 def distinct():
-    for m, flips_y in zip(paper_and_robust("distinct_transforms"), (True, False)):
+    for m, flips_y in zip(paper_and_robust("transforms"), (True, False)):
         vec = torch.cat([views(m, seed).vec_o for seed in range(40)])
         assert bool(vec[:, 1].any()) == flips_y                                   # flip y is flip x and half a turn
         assert len(vec.unique(dim=0)) > 12 and (vec[:, 3:].sum(1) == 1).all()
