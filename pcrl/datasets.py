@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/datasets.html.md"""
 
 # %% auto #0
 __all__ = ['ZONES', 'FINDINGS', 'Cases', 'split_by_patient', 'crossing_patients', 'brain_cases', 'nih_cases', 'hippocampus_cases',
-           'folder_cases']
+           'adrenal_cases', 'folder_cases']
 
 # %% ../nbs/02_datasets.ipynb #e049f323
 from dataclasses import dataclass, replace
@@ -189,6 +189,26 @@ def hippocampus_cases(
     masks = [_pad_to(read("labelsTr", case).astype(np.uint8), 32) for case in table.case]
     return Cases("hippocampus", 3, "segment", images, masks, ["anterior", "posterior"], table.case.tolist(),
                  table.split.replace("val", "valid").tolist(), note=f"{len(table)} patients of one centre; a part of the Decathlon's Task04")
+
+# %% ../nbs/02_datasets.ipynb #d6f02f3b
+def adrenal_cases(
+    path,  # adrenalmnist3d_64.npz, as MedMNIST publishes it
+    side: int = 64,  # voxels a side to which volumes are averaged: 64 or a part of it
+) -> Cases:  # task "classify": hyperplasia
+    """Adrenal glands, normal or with hyperplasia.
+
+    Raises FileNotFoundError if the file is missing, ValueError if it holds something else."""
+    if not Path(path).exists(): raise FileNotFoundError(f"{path} is missing: AdrenalMNIST3D at 64 voxels, from medmnist.com")
+    arrays, parts = np.load(path), dict(train="train", valid="val", test="test")  # numpy unpickles nothing by default
+    if missing := [f"{p}_{k}" for p in parts.values() for k in ("images", "labels") if f"{p}_{k}" not in arrays]:
+        raise ValueError(f"{path} has no {missing[0]}: it is not AdrenalMNIST3D")
+    n = 64 // side
+    shrink = lambda x: x if n == 1 else x.reshape(len(x), side, n, side, n, side, n).mean((2, 4, 6)).round().astype(np.uint8)
+    images = np.concatenate([shrink(arrays[f"{p}_images"]) for p in parts.values()])[:, None]
+    labels = np.concatenate([arrays[f"{p}_labels"] for p in parts.values()]).astype(np.float32)
+    split = [part for part, p in parts.items() for _ in arrays[f"{p}_labels"]]
+    return Cases("adrenalmnist3d", 3, "classify", list(images), labels, ["hyperplasia"], [str(i) for i in range(len(split))], split,
+                 note=f"{len(split)} glands of one centre, as shapes without grey values; patients are not named, each gland counts as one")
 
 # %% ../nbs/02_datasets.ipynb #1cf8ea74
 def _own_table(root, names):
