@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Out', 'Epochs', 'main', 'one_sentence', 'DemoData', 'demo',
-           'parse_crop', 'pretrain', 'diagnose', 'finetune', 'bench']
+           'parse_crop', 'pretrain', 'diagnose', 'finetune', 'bench', 'reproduce']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import os, warnings
@@ -205,3 +205,25 @@ def bench(
     table = bench(suite, out, repeats)
     typer.echo(table[["name", "ours", "peer", "ratio", "better"]].round(3).to_string(index=False))
     typer.echo(f"{table.conditions.iloc[-1]}\nTable: {out / 'bench.csv'}")
+
+# %% ../nbs/20_cli.ipynb #99f3da50
+@app.command()
+@one_sentence
+def reproduce(
+    table: Annotated[str, typer.Argument(metavar="TABLE", help=(
+        "`table1`: what frozen encoders tell of rotation and relative position; `table2`: finetuning on few labels."))],
+    out: Annotated[Path, typer.Option(help="Folder for ablations.csv, ablations.html and the runs; what is there already is not made again.")],
+    scale: Annotated[str, typer.Option(help="`small`: a day or two on a CPU; `smoke`: a few steps, to see that everything runs.")] = "small",
+    data: Annotated[list[str] | None, typer.Option(help="A set of the data kit; give it again for more. All if left out.")] = None,
+    recipe: Annotated[list[str], typer.Option(help="`robust` or `paper`; give it again for more.")] = ["robust", "paper"],
+    method: Annotated[list[str] | None, typer.Option(help="An arm, see the notebook `ablations`; give it again for more. All if left out.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pretrainings of each arm.")] = 3,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of labelled cases for each pretraining.")] = 3,
+):
+    """Make Table 1 or 2 of the paper again on the data kit, whose folder PCRL_DATA names."""
+    import os
+    from pcrl.ablations import reproduce
+    kit = os.environ.get("PCRL_DATA")
+    if kit is None: raise FileNotFoundError("the data kit is not embedded: set PCRL_DATA to its folder")
+    page = reproduce(table, out, kit, scale, data, recipe, method, range(seeds), range(draws))
+    typer.echo(f"Table: {out / 'ablations.csv'}\nPage:  {page}")
