@@ -2,7 +2,7 @@ PYTHON ?= python3
 min_python := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 in_venv := . .venv/bin/activate &&
 
-.PHONY: help setup demo results test test-slow export readme docs why bench
+.PHONY: help setup demo results test test-slow export readme docs why ablations bench
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -47,6 +47,10 @@ docs: setup  ## build the site into _docs/
 
 why: setup  ## run the experiments of the notebook why, table in results/why.csv; reads PCRL_DATA, hours on a CPU
 	$(in_venv) OMP_NUM_THREADS=1 python tools/why.py
+
+ablations: setup  ## make Tables 1 and 2 of the paper again, runs in ablations/, table in results/; reads PCRL_DATA, days on a CPU
+	$(in_venv) export OMP_NUM_THREADS=1; pcrl reproduce table1 --out ablations && pcrl reproduce table2 --out ablations
+	cp ablations/ablations.csv results/
 
 bench: setup  ## measure speed and memory beside floors and peers, tables and charts in results/
 	$(in_venv) python -m pip install -q -c constraints.txt -e '.[bench]'

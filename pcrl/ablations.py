@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/ablations.html.md"""
 
 # %% auto #0
 __all__ = ['SMALL', 'SCALES', 'COLUMNS', 'KEYS', 'arms', 'Trial', 'pretrain_arm', 'pretrained_arms', 'finetune_arm', 'Results',
-           'table1', 'table2', 'compare', 'outcome_sentence', 'ablations_figure', 'ablations_page', 'reproduce']
+           'table1', 'table2']
 
 # %% ../nbs/15_ablations.ipynb #2002c42f
 import json, shutil, subprocess, tempfile, time
@@ -23,7 +23,6 @@ from .finetune import finetune
 from .pretrain import pretrain_learner
 from .probes import centre_resized, encoder_features, pixel_features, probe_table
 from .recipes import Recipe, at_size, get_recipe, loader_settings
-from .report import figure_html, paragraph, table_html, write_page
 from .runs import load_unet, resume, write_whole
 from .unet import UNet
 
@@ -230,103 +229,3 @@ def table2(
         _tune_arm(results, trial, cases, "scratch", "none", seed, None, (seeds[0], None), draws)
         for method, name, run in pretrained_arms(cases, trial, runs, recipes, seed, methods):
             _tune_arm(results, trial, cases, method, name, seed, run, first.setdefault((method, name), (seed, run)), draws)
-
-# %% ../nbs/15_ablations.ipynb #c66dccc4
-def compare(
-    table: pd.DataFrame,  # of `Results`
-    baseline: str,  # method
-    method: str = "pcrl",
-    recipe: str = "robust",  # of both, or of `method` where the baseline has none
-) -> pd.DataFrame:  # a row for each set and ratio: pairs, means, difference, low, high (95 %), p, outcome
-    "Method against baseline, pair by pair."
-    from scipy import stats
-    main, rows = table[table.metric.isin(["auc", "dice"])], []
-    for (data, ratio), part in main.groupby(["data", "ratio"], sort=False):
-        of = lambda name: part[(part.method == name) & part.recipe.isin([recipe, "none"])].set_index(["seed", "split"]).value
-        both = pd.concat([of(method), of(baseline)], axis=1, keys=["method", "baseline"], join="inner")
-        if len(both) < 2: continue
-        test = stats.ttest_rel(both.method, both.baseline)
-        low, high = test.confidence_interval(0.95)
-        outcome = "wins" if low > 0 else "loses" if high < 0 else "ties"
-        rows.append(dict(data=data, ratio=ratio, method=method, baseline=baseline, recipe=recipe, pairs=len(both), mean=both.method.mean(),
-                         baseline_mean=both.baseline.mean(), difference=(both.method - both.baseline).mean(), low=low, high=high, p=test.pvalue, outcome=outcome))
-    return pd.DataFrame(rows)
-
-
-def outcome_sentence(
-    compared: pd.DataFrame,  # from `compare`
-) -> str:
-    "Where a method wins, ties and loses, in plain words."
-    if not len(compared): return "There are no pairs to compare yet."
-    first = compared.iloc[0]
-    said = [f"{word} {len(part)} of {len(compared)} (" + ", ".join(f"{r.data} at {r.ratio:.1%} {r.difference:+.3f}, p {r.p:.3f}" for r in part.itertuples()) + ")"
-            for word in ("wins", "ties", "loses") if len(part := compared[compared.outcome == word])]
-    return f"{first.method} ({first.recipe}) against {first.baseline}: {'; '.join(said)}."
-
-# %% ../nbs/15_ablations.ipynb #f554cefd
-def ablations_figure(
-    table: pd.DataFrame,  # of `Results`
-    recipe: str = "robust",
-):  # a matplotlib Figure
-    "A panel for each set: every method's mean and standard deviation over seeds and draws, by the share of labelled cases."
-    from matplotlib.figure import Figure
-    part = table[table.metric.isin(["auc", "dice"]) & table.recipe.isin([recipe, "none"])]
-    sets = part.data.unique()
-    fig = Figure(figsize=(4.5 * max(len(sets), 1), 3.6), dpi=80, layout="constrained")
-    for ax, data in zip(np.atleast_1d(fig.subplots(1, max(len(sets), 1))), sets):
-        rows = part[part.data == data]
-        for i, (method, of) in enumerate(rows.groupby("method", sort=False)):
-            spread = of.groupby("ratio").value.agg(["mean", "std"]).fillna(0)
-            ax.errorbar(spread.index * 1.02 ** i, spread["mean"], spread["std"], marker="o", ms=4, lw=1, capsize=2, label=method)
-        ax.set(xscale="log", title=data, xlabel="share of the train cases with labels", ylabel=rows.metric.iloc[0]); ax.grid(lw=0.3)
-    fig.axes[0].legend(fontsize=7) if len(sets) else None
-    return fig
-
-# %% ../nbs/15_ablations.ipynb #c20819b2
-def ablations_page(
-    out: str | Path,  # folder with ablations.csv
-) -> Path:  # of ablations.html
-    "All tables, the figure, and where PCRL wins, ties and loses."
-    table = Results(Path(out) / "ablations.csv").table
-    recipes, content = [r for r in table.recipe.unique() if r != "none"], {}
-    probes = table[table.metric.str.endswith("accuracy")]
-    spread = lambda v: f"{v.mean():.3f} ± {v.std():.3f} ({len(v)})" if len(v) > 1 else f"{v.iloc[0]:.3f} (1)"
-    wide = lambda part, columns: part.pivot_table(index=["recipe", "method"], columns=columns, values="value", aggfunc=spread, sort=False).fillna("").reset_index()
-    flat = lambda t: t.set_axis([" ".join(map(str, np.atleast_1d(c))).strip() for c in t.columns], axis=1)
-    if len(probes): content["Frozen encoders (Table 1)"] = [paragraph("Mean, standard deviation and number of seeds. Chance is 0.25 for rotation, 0.125 for position."),
-                                                            table_html(flat(wide(probes, ["data", "metric"])))]
-    few = table[table.metric.isin(["auc", "dice"])]
-    for recipe in recipes if len(few) else []:
-        compared = [compare(table, baseline, "pcrl", recipe) for baseline in ("scratch", "contra", "contra_equal_time")]
-        content[f"Few labels (Table 2), recipe {recipe}"] = [*(paragraph(outcome_sentence(c)) for c in compared if len(c)),
-            figure_html(ablations_figure(table, recipe), "Mean and standard deviation over seeds and draws."),
-            table_html(flat(wide(few[few.recipe.isin([recipe, "none"])], ["data", "ratio"]))), *(table_html(c) for c in compared if len(c))]
-    return write_page(Path(out) / "ablations.html", "What each part of PCRL is good for", content)
-
-# %% ../nbs/15_ablations.ipynb #8c974f16
-def reproduce(
-    table: str,  # "table1" or "table2"
-    out: str | Path,  # folder for ablations.csv, ablations.html and the runs
-    kit: str | Path,  # folder of the data kit
-    scale: str = "small",  # of `SCALES`
-    data: Sequence[str] | None = None,  # sets; None: all of the scale
-    recipes: Sequence[str] = ("robust", "paper"),
-    methods: Sequence[str] | None = None,  # of `arms`; None: all
-    seeds: Sequence[int] = (0, 1, 2),
-    draws: Sequence[int] = (0, 1, 2),  # of labelled cases, in table2
-) -> Path:  # of the page
-    """Make a table of the paper again.
-
-    Raises ValueError for a table, scale, set or method that there is not."""
-    if table not in ("table1", "table2"): raise ValueError(f"there is no {table!r} to reproduce: choose table1 or table2")
-    if scale not in SCALES: raise ValueError(f"there is no scale {scale!r}: choose one of {', '.join(SCALES)}")
-    if unknown := set(data or ()) - set(SCALES[scale]): raise ValueError(f"there is no set {sorted(unknown)[0]!r}: choose of {', '.join(SCALES[scale])}")
-    if unknown := set(methods or ()) - set(arms(2)): raise ValueError(f"there is no method {sorted(unknown)[0]!r}: choose of {', '.join(arms(2))}")
-    out = Path(out)
-    results = Results(out / "ablations.csv")
-    for name in data or SCALES[scale]:
-        trial = SCALES[scale][name]
-        cases = trial.load(Path(kit))
-        if table == "table1": table1(results, trial, cases, out / "runs", recipes, seeds, methods)
-        else: table2(results, trial, cases, out / "runs", recipes, seeds, draws, methods)
-    return ablations_page(out)

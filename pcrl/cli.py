@@ -222,7 +222,7 @@ def reproduce(
 ):
     """Make Table 1 or 2 of the paper again on the data kit, whose folder PCRL_DATA names."""
     import os
-    from pcrl.ablations import reproduce
+    from pcrl.reproduce import reproduce
     kit = os.environ.get("PCRL_DATA")
     if kit is None: raise FileNotFoundError("the data kit is not embedded: set PCRL_DATA to its folder")
     page = reproduce(table, out, kit, scale, data, recipe, method, range(seeds), range(draws))

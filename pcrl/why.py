@@ -44,7 +44,16 @@ def variants(
              "equal weights": ("contrast_weight", "reconstruction_weight"), "harsh painting": ("p_paint", "p_inpaint"),
              "paper's crops": ("crop_scales",), "slow": ("lr", "warmup")}
     turned_back = {f"robust, {name}": replace(robust, **_back(dims, *settings)) for name, settings in backs.items()}
-    return cures | dict(robust=robust) | turned_back | {"contrast alone": replace(robust, reconstruction_weight=0.0)}
+    return cures | _ladder(cures["paper, faster"], robust) | dict(robust=robust) | turned_back | {"contrast alone": replace(robust, reconstruction_weight=0.0)}
+
+
+def _ladder(start: Recipe, robust: Recipe) -> dict[str, Recipe]:
+    "One setting of `robust` after the other, each kept."
+    steps, made = {"contrast before TransAtt": ("contrasted",), "normalised projector": ("projector_norm",), "crops not turned": ("turn_clean",),
+                   "quick momentum": ("beta",), "weights": ("contrast_weight", "reconstruction_weight"), "open TransAtt": ("transatt",)}, {}
+    for i, (name, settings) in enumerate(steps.items(), 1):
+        made[f"step {i}: {name}"] = start = replace(start, **{s: getattr(robust, s) for s in settings})
+    return made
 
 # %% ../nbs/18b_why.ipynb #4130e088
 @dataclass(frozen=True)
