@@ -64,7 +64,7 @@ class Trial:
     probed: int = 200  # images of each part, at most, for the tasks of Table 1
 
 
-def _nih(kit): return nih_cases(kit / "nih_cxr14_subset", 80, kit / "mednist_cxr64" / "mednist_cxr64_unlabelled.npz")
+def _nih(kit): return nih_cases(kit / "nih_cxr14_subset", 64, kit / "mednist_cxr64" / "mednist_cxr64_unlabelled.npz")
 def _hippocampus(kit): return hippocampus_cases(kit / "hippocampus")
 def _adrenal(kit): return adrenal_cases(kit / "adrenalmnist3d" / "adrenalmnist3d_64.npz", 32)
 
