@@ -139,12 +139,12 @@ _OFFICIAL = dict(
     p_flip=0.5, degrees=10.0)
 _ROBUST = dict(
     name="robust", transatt="open", skips=False, turn_clean=False, transforms="distinct",
-    contrasted="deepest", projector_norm=True, beta=0.9, queue_size=512, contrast_weight=0.3,
+    contrasted="deepest", projector_norm=True, beta=0.9, queue_size=512,
     lr=0.1, warmup=0.03, patience=None, keep="last", p_paint=0.5, p_inpaint=0.9)
 RECIPES = {
     "paper": {2: Recipe(**_CROPS_2D), 3: Recipe()},
-    "robust": {2: Recipe(**_ROBUST, reconstruction_weight=1.0, bs=32, crop=(224, 224), crop_scales=(0.5, 1.0), min_iou=MIN_IOU[2]),
-               3: Recipe(**_ROBUST, reconstruction_weight=3.0, bs=16, crop_scales=(1.5, 2.0))},
+    "robust": {2: Recipe(**_ROBUST, contrast_weight=0.3, reconstruction_weight=1.0, bs=32, crop=(224, 224), crop_scales=(0.5, 1.0), min_iou=MIN_IOU[2]),
+               3: Recipe(**_ROBUST, contrast_weight=0.03, reconstruction_weight=3.0, bs=16, crop_scales=(1.5, 2.0))},
     "official": {
         2: Recipe(**_OFFICIAL, **_CROPS_2D, sigmoid_output=False, bs=64, input_channels=3, imagenet=True,
                   p_grey=0.2, jitter=0.4, p_paint=0.0, holes=3),
