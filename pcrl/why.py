@@ -46,7 +46,7 @@ def variants(
              "equal weights": ("contrast_weight", "reconstruction_weight"), "harsh painting": ("p_paint", "p_inpaint"),
              "paper's crops": ("crop_scales",), "slow": ("lr", "warmup")}
     turned_back = {f"robust, {name}": replace(robust, **_back(dims, *settings)) for name, settings in backs.items()}
-    return cures | _ladder(cures["paper, faster"], robust) | dict(robust=robust) | turned_back | {"contrast alone": replace(robust, reconstruction_weight=0.0)}
+    return cures | _ladder(cures["paper, faster"], robust) | dict(robust=robust) | turned_back | {"contrast alone": replace(robust, reconstruction_weight=0.0, contrast_weight=0.3)}
 
 
 def _ladder(start: Recipe, robust: Recipe) -> dict[str, Recipe]:
