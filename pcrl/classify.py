@@ -98,7 +98,7 @@ def classify_learner(
     torch.manual_seed(seed)
     unet = UNet(len(size), channels, width, **(net or {}))
     model = Classifier(unet.encoder, len(labels))
-    if init is not None: load_weights_(unet, init)
+    if init is not None: load_weights_(unet, init, ("encoder",))
     settings = dict(title=f"classification of {', '.join(labels)}", task="classify", dims=len(size), in_channels=channels,
                     width=width, labels=labels, size=size, init=str(init or "scratch"), data=data, seed=seed,
                     batch_size=dls.train.bs, **(net or {}))

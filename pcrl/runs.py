@@ -7,12 +7,12 @@ Docs: https://pcrl-team.github.io/pcrl/runs.html.md"""
 # %% auto #0
 __all__ = ['CURVES', 'gradient_norm', 'FiniteGuard', 'check_bfloat16', 'CosineDecay', 'EpochFigures', 'plot_log', 'KeepBest',
            'write_whole', 'model_card', 'RunFolder', 'read_config', 'resume', 'load_weights_', 'load_unet',
-           'LossWithFigures', 'finetune_learner']
+           'pretrained_parts', 'LossWithFigures', 'finetune_learner']
 
 # %% ../nbs/09a_runs.ipynb #b255cc43
 import csv, json, math, os, platform, time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -353,7 +353,8 @@ def _net_config(config: dict) -> dict:
 
 def load_weights_(
     net: UNet,
-    run: str | Path,  # a run folder with an encoder, and a decoder or not
+    run: str | Path,  # a run folder
+    parts: Sequence[str] = ("encoder", "decoder"),  # what to take
 ) -> UNet:  # `net`, for convenience
     """Put the weights of a run's best epoch into a U-Net.
 
@@ -361,7 +362,7 @@ def load_weights_(
     config, run = read_config(run), Path(run)
     theirs, ours = ({k: c[k] for k in ("dims", "in_channels", "width", "norm", "backbone")} for c in (_net_config(config), net.config))
     if theirs != ours: raise ValueError(f"{run} has a network of {theirs}, but {ours} is asked for: choose the run's own")
-    for part in ("encoder", "decoder"):
+    for part in parts:
         if not (run / f"{part}.safetensors").exists():
             raise FileNotFoundError(f"{run} has no {part}.safetensors: it has no decoder, or its first epoch did not end yet")
         weights, module = load_file(run / f"{part}.safetensors"), getattr(net, part)
@@ -378,6 +379,16 @@ def load_unet(
 
     Raises FileNotFoundError if the folder is not a run, or has no weights yet."""
     return load_weights_(UNet(**_net_config(read_config(run))), run)
+
+
+def pretrained_parts(
+    run: str | Path,  # a run folder
+) -> tuple[str, ...]:  # "encoder", or "encoder" and "decoder"
+    """What of a run is worth taking over: its encoder, and a decoder that was trained with the skip connections that a `UNet` has.
+
+    Raises FileNotFoundError if the folder is not a run."""
+    recipe = read_config(run).get("recipe", {})
+    return ("encoder", "decoder") if recipe.get("skips", True) and recipe.get("reconstruction_weight", True) else ("encoder",)
 
 # %% ../nbs/09a_runs.ipynb #0f728e64
 class LossWithFigures:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .classify import LabelledLoader
 from .datasets import Cases
-from .runs import finetune_learner, load_weights_
+from .runs import finetune_learner, load_weights_, pretrained_parts
 from .transforms import to_unit
 from .unet import UNet
 
@@ -128,7 +128,7 @@ def segment_learner(
     _, channels, *size = dls.train.one_batch()[0].shape
     torch.manual_seed(seed)
     model = UNet(len(size), channels, width, out_channels=1 + len(classes), **(net or {}))
-    if init is not None: load_weights_(model, init)
+    if init is not None: load_weights_(model, init, pretrained_parts(init))
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[len(size) - 2])
     settings = dict(title=f"segmentation of {', '.join(classes)}", task="segment", dims=len(size), in_channels=channels,
                     width=width, out_channels=1 + len(classes), classes=classes, size=size, init=str(init or "scratch"),
