@@ -212,8 +212,8 @@ def _tune_arm(results, trial, cases, method, recipe, seed, init, first, draws):
         losses = [loss for _, loss, _ in tried]
         return dict(lr=trial.lrs[int(np.argmin(losses))], valid_loss=min(losses)), sum(seconds for *_, seconds in tried)
     lr = results.add(choose, split="valid", ratio=_ratio(cases, middle), seed=seed0, **key)["lr"]
-    for draw in draws:
-        for labelled in trial.labelled:
+    for labelled in trial.labelled:
+        for draw in draws if labelled < cases.split.count("train") else draws[:1]:  # all cases are one draw
             results.add(lambda: finetune_arm(cases, trial, labelled, init, seed, draw, lr)[::2], split=str(draw), ratio=_ratio(cases, labelled), seed=seed, **key)
 
 
