@@ -37,7 +37,7 @@ def variants(
     "The paper, the paper with single cures, `robust`, and `robust` with single settings as in the paper."
     faster = dict(lr=0.1, warmup=0.03, patience=None, keep="last", queue_size=512)
     paper, robust = (get_recipe(name, dims) for name in ("paper", "robust"))
-    left_open = dict(transatt="centred") | {k: getattr(robust, k) for k in ("p_paint", "p_inpaint", "crop_scales")}
+    left_open = dict(transatt="centred") | {k: getattr(robust, k) for k in ("p_paint", "p_inpaint", "crop_scales", "projector_norm", "transforms")}
     cures = {"paper": replace(paper, patience=None, keep="last", queue_size=512), "paper, faster": replace(paper, **faster),
              "paper, faster, what it leaves open": replace(paper, **faster, **left_open),
              "paper, faster, crops not turned": replace(paper, **faster, turn_clean=False)}
