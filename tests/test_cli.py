@@ -158,6 +158,21 @@ def test_volumes_of_real_patients(kit, tmp_path):
     assert "dice class 2" in out
 
 
+def test_reproduce_goes_on_and_makes_a_page(kit, tmp_path):
+    "Both tables of one set at the smallest scale: the second finds the runs of the first, and a repeated call makes nothing anew."
+    options = ["--out", tmp_path, "--scale", "smoke", "--data", "adrenalmnist3d", "--recipe", "robust", "--method", "contra", "--seeds", 1, "--draws", 1]
+    pcrl("reproduce", "table2", *options)
+    run = tmp_path / "runs" / "adrenalmnist3d-robust-contra-seed0" / "encoder.safetensors"
+    made = run.stat().st_mtime
+    pcrl("reproduce", "table1", *options)
+    first = pd.read_csv(tmp_path / "ablations.csv")
+    out = pcrl("reproduce", "table2", *options)
+    assert run.stat().st_mtime == made and first.equals(pd.read_csv(tmp_path / "ablations.csv"))
+    assert set(first[first.metric == "auc"].method) == {"scratch", "contra"} and "rotation accuracy" in set(first.metric)
+    page = (tmp_path / "ablations.html").read_text()
+    assert "ablations.html" in out and "Frozen encoders" in page and "Few labels" in page and "http" not in page
+
+
 def test_demo_of_two_seeds_writes_all_it_promises(tmp_path):
     "The processes, the table and the page; with a story much shorter than the command's own."
     script = f"""
