@@ -49,6 +49,9 @@ def outcome_sentence(
     return f"{first.method} ({first.recipe}) against {first.baseline}: {'; '.join(said)}."
 
 # %% ../nbs/18c_reproduce.ipynb #fe4a5c96
+def _share(ratio: float) -> str: return f"{ratio:.1%}".replace(".0%", "%")
+
+
 def ablations_figure(
     table: pd.DataFrame,  # of `Results`
     recipe: str = "robust",
@@ -64,28 +67,40 @@ def ablations_figure(
             spread = of.groupby("ratio").value.agg(["mean", "std"]).fillna(0)
             ax.errorbar(spread.index * 1.02 ** i, spread["mean"], spread["std"], marker="o", ms=4, lw=1, capsize=2, label=method)
         ax.set(xscale="log", title=data, xlabel="share of the train cases with labels", ylabel=rows.metric.iloc[0]); ax.grid(lw=0.3)
+        ax.set_xticks(ratios := sorted(rows.ratio.unique()), [_share(r) for r in ratios]); ax.minorticks_off()
     fig.axes[0].legend(fontsize=7) if len(sets) else None
     return fig
 
 # %% ../nbs/18c_reproduce.ipynb #e9689dd1
+def _wide(part: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    "A row for each method: mean, standard deviation and number of values."
+    spread = lambda v: f"{v.mean():.3f} ± {v.std():.3f} ({len(v)})" if len(v) > 1 else f"{v.iloc[0]:.3f} (1)"
+    wide = part.pivot_table(index=["recipe", "method"], columns=columns, values="value", aggfunc=spread, sort=False).fillna("")
+    return wide.set_axis([" ".join(c) for c in wide.columns], axis=1).reset_index()
+
+
+def _shown(compared: pd.DataFrame) -> pd.DataFrame:
+    "What `compare` found, for reading."
+    one = compared.iloc[0]
+    return pd.DataFrame([{"data": r.data, "labelled": _share(r.ratio), "pairs": r.pairs, one.method: f"{r.mean:.3f}", one.baseline: f"{r.baseline_mean:.3f}",
+                          "difference": f"{r.difference:+.3f}", "95 %": f"{r.low:+.3f} to {r.high:+.3f}", "p": f"{r.p:.3f}", "outcome": r.outcome}
+                         for r in compared.itertuples()])
+
+
 def ablations_page(
     out: str | Path,  # folder with ablations.csv
 ) -> Path:  # of ablations.html
     "All tables, the figure, and where PCRL wins, ties and loses."
-    table = Results(Path(out) / "ablations.csv").table
-    recipes, content = [r for r in table.recipe.unique() if r != "none"], {}
-    probes = table[table.metric.str.endswith("accuracy")]
-    spread = lambda v: f"{v.mean():.3f} ± {v.std():.3f} ({len(v)})" if len(v) > 1 else f"{v.iloc[0]:.3f} (1)"
-    wide = lambda part, columns: part.pivot_table(index=["recipe", "method"], columns=columns, values="value", aggfunc=spread, sort=False).fillna("").reset_index()
-    flat = lambda t: t.set_axis([" ".join(map(str, np.atleast_1d(c))).strip() for c in t.columns], axis=1)
-    if len(probes): content["Frozen encoders (Table 1)"] = [paragraph("Mean, standard deviation and number of seeds. Chance is 0.25 for rotation, 0.125 for position."),
-                                                            table_html(flat(wide(probes, ["data", "metric"])))]
-    few = table[table.metric.isin(["auc", "dice"])]
-    for recipe in recipes if len(few) else []:
-        compared = [compare(table, baseline, "pcrl", recipe) for baseline in ("scratch", "contra", "contra_equal_time")]
-        content[f"Few labels (Table 2), recipe {recipe}"] = [*(paragraph(outcome_sentence(c)) for c in compared if len(c)),
-            figure_html(ablations_figure(table, recipe), "Mean and standard deviation over seeds and draws."),
-            table_html(flat(wide(few[few.recipe.isin([recipe, "none"])], ["data", "ratio"]))), *(table_html(c) for c in compared if len(c))]
+    table, content = Results(Path(out) / "ablations.csv").table, {}
+    probes, few = table[table.metric.str.endswith("accuracy")], table[table.metric.isin(["auc", "dice"])]
+    if len(probes): content["Frozen encoders (Table 1)"] = [
+        paragraph("Mean ± standard deviation (number of seeds). Chance is 0.25 for rotation, 0.125 for position."), table_html(_wide(probes, ["data", "metric"]))]
+    for recipe in [r for r in few.recipe.unique() if r != "none"]:
+        compared = [c for baseline in ("scratch", "contra", "contra_equal_time") if len(c := compare(table, baseline, "pcrl", recipe))]
+        content[f"Few labels (Table 2), recipe {recipe}"] = [
+            *(paragraph(outcome_sentence(c)) for c in compared), figure_html(ablations_figure(table, recipe), "Mean and standard deviation over seeds and draws."),
+            paragraph("Mean ± standard deviation (number of runs), by set and share of the train cases with labels."),
+            table_html(_wide(few[few.recipe.isin([recipe, "none"])].assign(ratio=lambda t: t.ratio.map(_share)), ["data", "ratio"])), *map(table_html, map(_shown, compared))]
     return write_page(Path(out) / "ablations.html", "What each part of PCRL is good for", content)
 
 # %% ../nbs/18c_reproduce.ipynb #e83295f9
