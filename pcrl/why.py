@@ -47,7 +47,7 @@ def variants(
              "paper's crops": ("crop_scales",), "slow": ("lr", "warmup")}
     turned_back = {f"robust, {name}": replace(robust, **_back(dims, *settings)) for name, settings in backs.items()}
     weights = {f"robust, contrast weight {w}": replace(robust, contrast_weight=w) for w in (0.3, 0.1, 0.03, 0.01) if w != robust.contrast_weight}
-    return cures | _ladder(cures["paper, faster"], robust) | dict(robust=robust) | turned_back | weights | {"contrast alone": replace(robust, reconstruction_weight=0.0, contrast_weight=0.3)}
+    return cures | _ladder(cures["paper, faster"], robust) | dict(robust=robust) | turned_back | weights | {"contrast alone": replace(robust, reconstruction_weight=0.0)}
 
 
 def _ladder(start: Recipe, robust: Recipe) -> dict[str, Recipe]:
