@@ -33,8 +33,8 @@ def compare(
         test = stats.ttest_rel(both.method, both.baseline)
         low, high = test.confidence_interval(0.95)
         outcome = "wins" if low > 0 else "loses" if high < 0 else "ties"
-        rows.append(dict(data=data, ratio=ratio, method=method, baseline=baseline, recipe=recipe, pairs=len(both), mean=both.method.mean(),
-                         baseline_mean=both.baseline.mean(), difference=(both.method - both.baseline).mean(), low=low, high=high, p=test.pvalue, outcome=outcome))
+        rows.append(dict(data=data, ratio=ratio, method=method, baseline=baseline, recipe=recipe, pairs=len(both), mean=both.method.mean(), baseline_mean=both.baseline.mean(),
+                         difference=(both.method - both.baseline).mean(), low=low, high=high, p=test.pvalue, outcome=outcome))
     return pd.DataFrame(rows)
 
 
@@ -44,8 +44,9 @@ def outcome_sentence(
     "Where a method wins, ties and loses, in plain words."
     if not len(compared): return "There are no pairs to compare yet."
     first = compared.iloc[0]
-    said = [f"{word} {len(part)} of {len(compared)} (" + ", ".join(f"{r.data} at {r.ratio:.1%} {r.difference:+.3f}, p {r.p:.3f}" for r in part.itertuples()) + ")"
-            for word in ("wins", "ties", "loses") if len(part := compared[compared.outcome == word])]
+    each = lambda part: ", ".join(f"{r.data} at {r.ratio:.1%} {r.difference:+.3f}, p {r.p:.3f}" for r in part.itertuples())
+    parts = {word: compared[compared.outcome == word] for word in ("wins", "ties", "loses")}
+    said = [f"{word} {len(part)} of {len(compared)} ({each(part)})" for word, part in parts.items() if len(part)]
     return f"{first.method} ({first.recipe}) against {first.baseline}: {'; '.join(said)}."
 
 # %% ../nbs/18c_reproduce.ipynb #fe4a5c96
@@ -82,9 +83,9 @@ def _wide(part: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 def _shown(compared: pd.DataFrame) -> pd.DataFrame:
     "What `compare` found, for reading."
     one = compared.iloc[0]
-    return pd.DataFrame([{"data": r.data, "labelled": _share(r.ratio), "pairs": r.pairs, one.method: f"{r.mean:.3f}", one.baseline: f"{r.baseline_mean:.3f}",
-                          "difference": f"{r.difference:+.3f}", "95 %": f"{r.low:+.3f} to {r.high:+.3f}", "p": f"{r.p:.3f}", "outcome": r.outcome}
-                         for r in compared.itertuples()])
+    row = lambda r: {"data": r.data, "labelled": _share(r.ratio), "pairs": r.pairs, one.method: f"{r.mean:.3f}", one.baseline: f"{r.baseline_mean:.3f}",
+                     "difference": f"{r.difference:+.3f}", "95 %": f"{r.low:+.3f} to {r.high:+.3f}", "p": f"{r.p:.3f}", "outcome": r.outcome}
+    return pd.DataFrame(list(map(row, compared.itertuples())))
 
 
 def ablations_page(
@@ -100,7 +101,8 @@ def ablations_page(
         content[f"Few labels (Table 2), recipe {recipe}"] = [
             *(paragraph(outcome_sentence(c)) for c in compared), figure_html(ablations_figure(table, recipe), "Mean and standard deviation over seeds and draws."),
             paragraph("Mean ± standard deviation (number of runs), by set and share of the train cases with labels."),
-            table_html(_wide(few[few.recipe.isin([recipe, "none"])].assign(ratio=lambda t: t.ratio.map(_share)), ["data", "ratio"])), *map(table_html, map(_shown, compared))]
+            table_html(_wide(few[few.recipe.isin([recipe, "none"])].assign(ratio=few.ratio.map(_share)), ["data", "ratio"])),
+            *map(table_html, map(_shown, compared))]
     return write_page(Path(out) / "ablations.html", "What each part of PCRL is good for", content)
 
 # %% ../nbs/18c_reproduce.ipynb #e83295f9

@@ -31,6 +31,15 @@ def _back(dims: int, *settings: str) -> dict:
     return {name: getattr(RECIPES["paper"][dims], name) for name in settings}
 
 
+def _ladder(start: Recipe, robust: Recipe) -> dict[str, Recipe]:
+    "One setting of `robust` after the other, each kept."
+    steps, made = {"contrast before TransAtt": ("contrasted",), "normalised projector": ("projector_norm",), "crops not turned": ("turn_clean",),
+                   "quick momentum": ("beta",), "weights": ("contrast_weight", "reconstruction_weight"), "open TransAtt": ("transatt",)}, {}
+    for i, (name, settings) in enumerate(steps.items(), 1):
+        made[f"step {i}: {name}"] = start = replace(start, **{s: getattr(robust, s) for s in settings})
+    return made
+
+# %% ../nbs/18b_why.ipynb #daede634
 def variants(
     dims: int,  # 2 or 3
 ) -> dict[str, Recipe]:  # by name
@@ -48,15 +57,6 @@ def variants(
     turned_back = {f"robust, {name}": replace(robust, **_back(dims, *settings)) for name, settings in backs.items()}
     weights = {f"robust, contrast weight {w}": replace(robust, contrast_weight=w) for w in (0.3, 0.1, 0.03, 0.01) if w != robust.contrast_weight}
     return cures | _ladder(cures["paper, faster"], robust) | dict(robust=robust) | turned_back | weights | {"contrast alone": replace(robust, reconstruction_weight=0.0)}
-
-
-def _ladder(start: Recipe, robust: Recipe) -> dict[str, Recipe]:
-    "One setting of `robust` after the other, each kept."
-    steps, made = {"contrast before TransAtt": ("contrasted",), "normalised projector": ("projector_norm",), "crops not turned": ("turn_clean",),
-                   "quick momentum": ("beta",), "weights": ("contrast_weight", "reconstruction_weight"), "open TransAtt": ("transatt",)}, {}
-    for i, (name, settings) in enumerate(steps.items(), 1):
-        made[f"step {i}: {name}"] = start = replace(start, **{s: getattr(robust, s) for s in settings})
-    return made
 
 # %% ../nbs/18b_why.ipynb #4130e088
 @dataclass(frozen=True)
