@@ -63,7 +63,8 @@ def _slice(image: Tensor):
 
 def _picture(ax, image: Tensor, title: str = ""):
     "One image without axes."
-    ax.imshow(_slice(image), cmap="gray", vmin=0, vmax=1, origin="lower")
+    origin = "upper" if image.ndim == 3 else "lower"  # the first row of a picture is its top, the last of an axial slice the front
+    ax.imshow(_slice(image), cmap="gray", vmin=0, vmax=1, origin=origin)
     ax.set_title(title, fontsize=7); ax.set_xticks([]); ax.set_yticks([])
 
 # %% ../nbs/11_diagnose.ipynb #067dfa54
