@@ -49,6 +49,7 @@ why: setup  ## run the experiments of the notebook why, table in results/why.csv
 	$(in_venv) OMP_NUM_THREADS=1 python tools/why.py
 
 ablations: setup  ## make Tables 1 and 2 of the paper again, runs in ablations/, table in results/; reads PCRL_DATA, days on a CPU
+	mkdir -p ablations; test -e ablations/ablations.csv || cp results/ablations.csv ablations/
 	$(in_venv) export OMP_NUM_THREADS=1; pcrl reproduce table1 --out ablations && pcrl reproduce table2 --out ablations
 	cp ablations/ablations.csv results/
 
