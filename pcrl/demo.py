@@ -19,13 +19,12 @@ import numpy as np, pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 
-from .crops import crop_loaders
 from .datasets import Cases, brain_cases, hippocampus_cases, nih_cases
 from .diagnose import answers_figure, ask_every_transform, obedience, paths_figure
 from .finetune import finetune
 from .monitors import CollapseWarning
-from .pretrain import pretrain_learner
-from .recipes import at_size, get_recipe, loader_settings
+from .pretrain import recipe_learner
+from .recipes import at_size, get_recipe
 from .report import comparison_figure, figure_html, paragraph, side_by_side, summarise, table_html, verdict, write_page
 from .runs import plot_log, write_whole
 from .segment import overlay_figure
@@ -105,11 +104,9 @@ def pretrain_story(
 ) -> Learner:
     "Pretrain PCRL on the unlabelled pool; the run's `figures/` then show its answers, and `obedience.json` measures them."
     recipe = at_size(get_recipe("robust", cases.dims, bs=story.bs, pairs_per_image=story.pairs_per_image), story.crop)
-    dls = crop_loaders(cases.unlabelled, cases.unlabelled_valid, seed=seed, **loader_settings(recipe))
-    learn = pretrain_learner(dls, cases.dims, recipe=recipe, width=story.width, run=run, seed=seed,
-                             data=f"{cases.name}: {cases.note}")
+    learn = recipe_learner(cases.unlabelled, cases.unlabelled_valid, recipe, seed, width=story.width, run=run, data=f"{cases.name}: {cases.note}")
     with learn.no_bar(), learn.no_logging(): learn.fit(story.epochs, cbs=TellProgress(tell, "pretrain"))
-    views = learn.model.views(next(iter(dls.valid))[0], torch.Generator(dls.device).manual_seed(0))
+    views = learn.model.views(next(iter(learn.dls.valid))[0], torch.Generator(learn.dls.device).manual_seed(0))
     measured = obedience(ask_every_transform(learn.model, views.corrupt_o), views.clean_o)
     write_whole(run / "figures" / "obedience.json", lambda p: p.write_text(json.dumps(measured)))
     for name, figure in (("paths", paths_figure(learn.model, views, rows=3)),

@@ -15,7 +15,8 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .instruments import evaluating
+from .classify import auc_per_label
+from .diagnose import evaluating
 from .transforms import to_unit
 
 # %% ../nbs/14_probes.ipynb #9810e02d
@@ -90,12 +91,17 @@ def position_task(
 STRENGTHS = 1e-4, 1e-3, 1e-2, 1e-1, 1.0  # of logistic regression's C
 
 
+def _mean_auc(targets: np.ndarray, scores: np.ndarray) -> float:
+    "Over the labels that have two values; nan if none has."
+    auc = auc_per_label(targets, scores)
+    return np.nan if np.isnan(auc).all() else float(np.nanmean(auc))
+
+
 def _score(columns: list, x: np.ndarray, y: np.ndarray) -> float:
-    "Accuracy of one classifier, or mean AUC of one for each label; labels with one value are left out."
-    from sklearn.metrics import roc_auc_score
+    "Accuracy of one classifier, or mean AUC of one for each label; labels that could not be learned have none."
     if y.ndim == 1: return columns[0].score(x, y)
-    scores = [roc_auc_score(t, c.decision_function(x)) for c, t in zip(columns, y.T) if c and 0 < t.sum() < len(t)]
-    return float(np.mean(scores)) if scores else np.nan
+    learned = [i for i, c in enumerate(columns) if c]
+    return _mean_auc(y[:, learned], np.array([columns[i].decision_function(x) for i in learned]).T)
 
 
 def linear_probe(
@@ -120,13 +126,10 @@ def neighbour_probe(
     k: int = 20,  # neighbours, at most N
 ) -> float:  # accuracy for classes, mean AUC for labels; nan if no label has two values in the test part
     "k nearest neighbours, nearer ones with more weight."
-    from sklearn.metrics import roc_auc_score
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-    kind, y = (KNeighborsClassifier, KNeighborsRegressor)[train[1].ndim - 1], test[1]
+    kind = (KNeighborsClassifier, KNeighborsRegressor)[train[1].ndim - 1]
     model = kind(min(k, len(train[0])), weights="distance", metric="cosine").fit(*train)
-    if y.ndim == 1: return model.score(*test)
-    scores = [roc_auc_score(t, p) for t, p in zip(y.T, model.predict(test[0]).T) if 0 < t.sum() < len(t)]
-    return float(np.mean(scores)) if scores else np.nan
+    return model.score(*test) if test[1].ndim == 1 else _mean_auc(test[1], model.predict(test[0]).reshape(test[1].shape))
 
 # %% ../nbs/14_probes.ipynb #6f977e0a
 def probe_table(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .ablations import SCALES, Results, arms, table1, table2
-from .report import figure_html, paragraph, table_html, write_page
+from .report import figure_html, paired_interval, paragraph, table_html, write_page
 
 # %% ../nbs/18c_reproduce.ipynb #3faa4809
 def compare(
@@ -24,17 +24,15 @@ def compare(
     recipe: str = "robust",  # of both, or of `method` where the baseline has none
 ) -> pd.DataFrame:  # a row for each set and ratio: pairs, means, difference, low, high (95 %), p, outcome
     "Method against baseline, pair by pair."
-    from scipy import stats
     main, rows = table[table.metric.isin(["auc", "dice"])], []
     for (data, ratio), part in main.groupby(["data", "ratio"], sort=False):
         of = lambda name: part[(part.method == name) & part.recipe.isin([recipe, "none"])].set_index(["seed", "split"]).value
         both = pd.concat([of(method), of(baseline)], axis=1, keys=["method", "baseline"], join="inner")
         if len(both) < 2: continue
-        test = stats.ttest_rel(both.method, both.baseline)
-        low, high = test.confidence_interval(0.95)
-        outcome = "wins" if low > 0 else "loses" if high < 0 else "ties"
+        d = paired_interval(both.method, both.baseline)
+        outcome = "wins" if d["low"] > 0 else "loses" if d["high"] < 0 else "ties"
         rows.append(dict(data=data, ratio=ratio, method=method, baseline=baseline, recipe=recipe, pairs=len(both), mean=both.method.mean(), baseline_mean=both.baseline.mean(),
-                         difference=(both.method - both.baseline).mean(), low=low, high=high, p=test.pvalue, outcome=outcome))
+                         difference=d["mean"], low=d["low"], high=d["high"], p=d["p"], outcome=outcome))
     return pd.DataFrame(rows)
 
 

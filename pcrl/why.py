@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 
-from .crops import CropPairs, crop_loaders
 from .datasets import hippocampus_cases, nih_cases
-from .pretrain import pretrain_learner
+from .pretrain import recipe_learner
 from .recipes import RECIPES, Recipe, get_recipe, loader_settings
 from .runs import write_whole
 from .timing import conditions
 from .transforms import distinct_transforms
-from .verdict import IMAGES, SOUND, judge, measure
+from .verdict import IMAGES, SOUND, judge, measure, pair_of_each
 
 # %% ../nbs/18b_why.ipynb #8154e56f
 def _back(dims: int, *settings: str) -> dict:
@@ -90,14 +89,11 @@ def run_variant(
     width: int = 16,  # channels of F^1
 ) -> tuple[dict[str, float], pd.DataFrame]:  # the instruments' figures, and the log, a row an epoch
     "Pretrain by a recipe, and look at the end."
-    s, dims = setting, len(setting.crop)
+    s = setting
     recipe = replace(recipe, crop=s.crop, bs=s.bs, pairs_per_image=s.pairs_per_image)
-    dls = crop_loaders(s.train, s.held_out, seed=seed, **loader_settings(recipe))
-    learn = pretrain_learner(dls, dims, recipe=recipe, width=width, seed=seed)
+    learn = recipe_learner(s.train, s.held_out, recipe, seed, width=width)
     with learn.no_bar(), learn.no_logging(): learn.fit(s.epochs)
-    rules = loader_settings(recipe)
-    pairs = CropPairs(s.held_out[:IMAGES], seed=99, **{k: v for k, v in rules.items() if k not in ("bs", "pairs_per_image")})
-    crops = torch.from_numpy(np.stack([pairs[0, i] for i in range(len(pairs))])).to(dls.device)
+    crops = pair_of_each(s.held_out[:IMAGES], loader_settings(recipe), seed=99).to(learn.dls.device)
     figures = measure(learn.model, crops, len(s.train), s.pairs_per_image, s.bs)
     return figures, pd.DataFrame(learn.epoch_figures.rows)
 
@@ -114,15 +110,16 @@ def run_all(
 ) -> pd.DataFrame:  # columns `COLUMNS`
     "Run every variant with every seed, and write the table after each."
     out, made = Path(out), variants(dims)
+    table = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=COLUMNS)
     for seed in seeds:
         for name in names or made:
-            table = pd.read_csv(out) if out.exists() else pd.DataFrame(columns=COLUMNS)
             if ((table.dims == dims) & (table.variant == name) & (table.seed == seed)).any(): continue
             figures, log = run_variant(made[name], setting, seed, width)
-            rows = pd.DataFrame([dict(dims=dims, variant=name, seed=seed, steps=int(log.steps.iloc[-1]), seconds=round(log.seconds.sum()), name=k, value=v,
-                                      conditions=conditions(torch.device("cpu"))) for k, v in (figures | _curve(log)).items()])
-            both = pd.concat([table, rows]) if len(table) else rows
-            write_whole(out, lambda p: both.to_csv(p, index=False))
+            key = dict(dims=dims, variant=name, seed=seed, steps=int(log.steps.iloc[-1]), seconds=round(log.seconds.sum()))
+            found = figures | _curve(log)
+            rows = pd.DataFrame(key | dict(name=found.keys(), value=found.values(), conditions=conditions(torch.device("cpu"))))
+            table = pd.concat([table, rows], ignore_index=True) if len(table) else rows
+            write_whole(out, lambda p: table.to_csv(p, index=False))
     return pd.read_csv(out)
 
 
