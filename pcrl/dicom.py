@@ -87,7 +87,7 @@ def dicom_kind(
 
 # %% ../nbs/00b_dicom.ipynb #73a331c5
 GDCM_SYNTAXES = ("JPEGBaseline8Bit", "JPEGExtended12Bit", "JPEGLossless", "JPEGLosslessSV1", "JPEGLSLossless", "JPEGLSNearLossless", "JPEG2000Lossless",
-                 "JPEG2000", "RLELossless")
+                 "JPEG2000")
 
 def _stream_shape(data):
     "Rows, columns and components that a JPEG, JPEG-LS or JPEG 2000 stream declares; None if it does not."
@@ -106,7 +106,7 @@ def _gdcm(header, path):
     syntax, frames = header.file_meta.TransferSyntaxUID, int(header.get("NumberOfFrames") or 1)
     if syntax not in [getattr(uid, name) for name in GDCM_SYNTAXES]: raise VolumeError(f"{path} is packed in a way that is not supported: unpack it first")
     for data in generate_frames(header.PixelData, number_of_frames=frames):
-        if syntax != uid.RLELossless and _stream_shape(data) != (header.Rows, header.Columns, header.SamplesPerPixel):
+        if _stream_shape(data) != (header.Rows, header.Columns, header.SamplesPerPixel):
             raise VolumeError(f"{path} has packed pixels of another size than its header says: it is damaged, get it again")
     bare = Dataset({header[name].tag: header[name] for name in (*IMAGE, "PixelData") if name in header})
     bare.SOPClassUID, bare.SOPInstanceUID, bare.file_meta = uid.SecondaryCaptureImageStorage, "1.2.3", header.file_meta.__class__()
@@ -120,10 +120,12 @@ def _gdcm(header, path):
 def _stored_frames(header, path):
     "The stored numbers: (F, H, W), or (F, H, W, 3) of colours."
     from pydicom.pixels import pixel_array
+    from pydicom.uid import RLELossless
     frames, samples = int(header.get("NumberOfFrames") or 1), header.SamplesPerPixel
     data, packed = next((header[name].value for name in PIXELS if name in header), b""), header.file_meta.TransferSyntaxUID.is_encapsulated
+    by_pydicom = header.file_meta.TransferSyntaxUID == RLELossless or not packed
     check_size(path, (header.Columns, header.Rows, frames * samples), header.BitsAllocated / 8, None if packed else len(data))
-    array = _gdcm(header, path) if packed else pixel_array(header, raw=False)
+    array = pixel_array(header, raw=False, decoding_plugin="pydicom" if packed else "") if by_pydicom else _gdcm(header, path)
     return array.reshape(frames, header.Rows, header.Columns, *[3] * (samples == 3))
 
 # %% ../nbs/00b_dicom.ipynb #75a39662

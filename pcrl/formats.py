@@ -190,9 +190,10 @@ def itk_affine(
 ) -> np.ndarray:  # (4, 4), voxel (x, y, z) to RAS mm
     "Direction, spacing and origin as one affine."
     affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(image.GetDimension(), -1)[:3, :3] * image.GetSpacing()[:3]
-    affine[:3, 3] = image.GetOrigin()[:3]
-    return LPS_TO_RAS @ affine
+    with np.errstate(all="ignore"):                                                    # of numbers that check_affine will refuse
+        affine[:3, :3] = np.array(image.GetDirection()).reshape(image.GetDimension(), -1)[:3, :3] * image.GetSpacing()[:3]
+        affine[:3, 3] = image.GetOrigin()[:3]
+        return LPS_TO_RAS @ affine
 
 def open_itk(
     path: Path,  # .mhd, .mha or .nrrd

@@ -52,7 +52,7 @@ def check_affine(
     path,  # the file, for the message
 ):
     "Raises `VolumeError` for an affine whose steps are not finite, have no possible length or lie in one plane."
-    steps = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(all="ignore"): steps = np.linalg.norm(affine[:3, :3], axis=0)
     if not (np.isfinite(affine).all() and steps.min() > 1e-6 and steps.max() < 1e4): why = f"steps of {steps.tolist()} mm"
     elif abs(np.linalg.det(affine[:3, :3] / steps)) < 1e-3: why = "axes that lie in one plane"
     else: return
