@@ -31,14 +31,16 @@ def discreet(
 ):
     "What goes wrong inside becomes a `VolumeError` without a word of the header."
     import logging, warnings
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    logger = logging.getLogger("pydicom")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    with warnings.catch_warnings(action="ignore"):
         try: yield
         except VolumeError: raise
         except (Exception, RecursionError) as e:
             why = type(e).__name__                                                     # not its words
             raise VolumeError(f"{path} cannot be read as DICOM ({why}): it is damaged or of another kind, get it again") from None
+        finally: logger.setLevel(level)
 
 # %% ../nbs/00c_dicom.ipynb #ada639f3
 def is_dicom(

@@ -91,7 +91,8 @@ def made(folder):
     dicom(folder/"plain.dcm", voxels[0], 0); dicom(folder/"deflated.dcm", voxels[0], 0, "1.2.840.10008.1.2.1.99")
     dicom(folder/"rle.dcm", voxels[0], 0, rle=True)
     names = {"NIfTI": ("a.nii", "b.nii", "a.nii.gz"), "MetaImage": ("a.mhd", "z.mhd", "a.mha", "z.mha"),
-             "NRRD": ("a.nrrd", "z.nrrd", "v.nrrd"), "PNG": ("a.png", "deep.png"), "JPEG": ("a.jpg", "rgb.jpg"), "TIFF": ("a.tif", "deep.tif", "z.tif", "j.tif"),
+             "NRRD": ("a.nrrd", "z.nrrd", "v.nrrd"), "PNG": ("a.png", "deep.png"), "JPEG": ("a.jpg", "rgb.jpg"),
+             "TIFF": ("a.tif", "deep.tif", "z.tif", "j.tif"),
              "DICOM": ("plain.dcm", "deflated.dcm"), "DICOM packed": ("rle.dcm",), "DICOM series": ("series",)}
     return {format: [folder/name for name in of] for format, of in names.items()}
 
@@ -103,8 +104,8 @@ def dicom(path, pixels, k, syntax="1.2.840.10008.1.2.1", rle=False):
     h = Dataset()
     h.update(dict(PatientID=PATIENT, PatientName=PATIENT, Rows=pixels.shape[0], Columns=pixels.shape[1], SamplesPerPixel=1,
                   PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=16, HighBit=15, PixelRepresentation=1,
-                  Modality="CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2", SOPInstanceUID=f"1.2.3.{k}", SeriesInstanceUID="1.2.9", PixelSpacing=[0.5, 0.5],
-                  ImagePositionPatient=[0, 0, 3 * k], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], SliceThickness=3,
+                  Modality="CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2", SOPInstanceUID=f"1.2.3.{k}", SeriesInstanceUID="1.2.9",
+                  PixelSpacing=[0.5, 0.5], ImagePositionPatient=[0, 0, 3 * k], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], SliceThickness=3,
                   RescaleIntercept=-1024, RescaleSlope=1))
     h.PixelData = pixels.tobytes(); h["PixelData"].VR = "OW"
     h.file_meta = FileMetaDataset(); h.file_meta.TransferSyntaxUID = syntax
