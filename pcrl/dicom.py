@@ -32,15 +32,14 @@ def discreet(
     "What goes wrong inside becomes a `VolumeError` without a word of the header."
     import logging, warnings
     logger = logging.getLogger("pydicom")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    silent, logger.disabled = logger.disabled, True
     with warnings.catch_warnings(action="ignore"):
         try: yield
         except VolumeError: raise
         except (Exception, RecursionError) as e:
             why = type(e).__name__                                                     # not its words
             raise VolumeError(f"{path} cannot be read as DICOM ({why}): it is damaged or of another kind, get it again") from None
-        finally: logger.setLevel(level)
+        finally: logger.disabled = silent
 
 # %% ../nbs/00c_dicom.ipynb #ada639f3
 def is_dicom(
@@ -170,7 +169,8 @@ def dicom_frames(
         stored, kind = _stored_frames(header, path), header.PhotometricInterpretation
         if kind == "PALETTE COLOR": stored = apply_color_lut(stored, header)
         if stored.ndim == 4: return stored @ np.float32([0.299, 0.587, 0.114])
-        frames = np.stack([_rescaled(frame, header, k) for k, frame in enumerate(stored)]).astype(np.float32)
+        frames = np.empty(stored.shape, np.float32)
+        for k, frame in enumerate(stored): frames[k] = _rescaled(frame, header, k)
         if kind != "MONOCHROME1": return frames
         low = -2**(header.BitsStored - 1) if header.PixelRepresentation else 0
         ends = np.array([low, low + 2**header.BitsStored - 1]).astype(stored.dtype)
