@@ -152,7 +152,6 @@ def dicom_entry(
 
 def _rescaled(array, header, k):
     "Stored numbers of frame k as what they stand for."
-    from pydicom import Dataset
     from pydicom.pixels import apply_modality_lut
     if "ModalityLUTSequence" in header: return apply_modality_lut(array, header)
     slope, intercept = (dicom_entry(header, k, "PixelValueTransformationSequence", f"Rescale{name}") for name in ("Slope", "Intercept"))
@@ -171,7 +170,8 @@ def dicom_frames(
         if stored.ndim == 4: return stored @ np.float32([0.299, 0.587, 0.114])
         frames = np.empty(stored.shape, np.float32)
         for k, frame in enumerate(stored): frames[k] = _rescaled(frame, header, k)
-        if kind != "MONOCHROME1": return frames
-        low = -2**(header.BitsStored - 1) if header.PixelRepresentation else 0
-        ends = np.array([low, low + 2**header.BitsStored - 1]).astype(stored.dtype)
-        return np.float32(_rescaled(ends, header, 0).sum()) - frames
+        if kind == "MONOCHROME1":
+            low = -2**(header.BitsStored - 1) if header.PixelRepresentation else 0
+            ends = np.array([low, low + 2**header.BitsStored - 1]).astype(stored.dtype)
+            for k, frame in enumerate(frames): frame[:] = _rescaled(ends, header, k).sum() - frame
+        return frames

@@ -116,6 +116,7 @@ def write_volume(
     if like.source_affine is None: raise VolumeError(f"{path} cannot be written: {like.path} is 2D without a geometry, use Pillow")
     if array.shape[-3:] != like.array.shape[-3:] or array.ndim not in (3, 4):
         raise VolumeError(f"{path} cannot be written: shape {array.shape} is not its source's, {like.array.shape}, resample it first")
+    if not path.parent.is_dir(): raise VolumeError(f"{path} cannot be written: its folder does not exist, make it first")
     turn = ornt_transform(axcodes2ornt("RAS"), io_orientation(like.source_affine))
     _write_whole(path, lambda part: writer(apply_orientation(_to_write(array, path).T, turn), like.source_affine, part))
 
@@ -172,7 +173,8 @@ def _walk(root, skipped):
     closed = lambda e: skipped.append((Path(e.filename), f"{e.filename} cannot be opened: change its rights or leave it out"))
     inside = root.resolve()
     for folder, folders, names in os.walk(root, onerror=closed):
-        paths = [Path(folder, name) for name in sorted(folders + names)]
+        folders[:] = [name for name in folders if name[0] != "."]
+        paths = [Path(folder, name) for name in sorted(folders + names) if name[0] != "."]
         away = [p for p in paths if p.is_symlink() and not Path(os.path.realpath(p)).is_relative_to(inside)]
         skipped += [(p, f"{p} is a link that leaves {root}: copy what it leads to, or leave it out") for p in away]
         yield Path(folder), [p for p in paths if not p.is_symlink() and p.is_file()]
