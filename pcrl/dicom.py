@@ -110,14 +110,15 @@ def _gdcm(header, path):
     "Packed frames, unpacked: (F, H, W) or (F, H, W, 3)."
     import SimpleITK as sitk
     from pydicom import Dataset, dcmwrite, uid
-    from pydicom.encaps import generate_frames
+    from pydicom.encaps import encapsulate, generate_frames
     syntax = header.file_meta.TransferSyntaxUID
     if syntax not in [getattr(uid, name) for name in GDCM_SYNTAXES]:
         raise VolumeError(f"{path} is packed in a way that is not supported: unpack it first")
-    for data in generate_frames(header.PixelData, number_of_frames=int(header.get("NumberOfFrames") or 1)):
-        if _stream_shape(data) != (header.Rows, header.Columns, header.SamplesPerPixel):
-            raise VolumeError(f"{path} has packed pixels of another size than its header says: it is damaged, get it again")
-    bare = Dataset({header[name].tag: header[name] for name in (*IMAGE, "PixelData") if name in header})
+    frames = list(generate_frames(header.PixelData, number_of_frames=int(header.get("NumberOfFrames") or 1)))
+    if any(_stream_shape(data) != (header.Rows, header.Columns, header.SamplesPerPixel) for data in frames):
+        raise VolumeError(f"{path} has packed pixels of another size than its header says: it is damaged, get it again")
+    bare = Dataset({header[name].tag: header[name] for name in IMAGE if name in header})
+    bare.PixelData = encapsulate(frames)                                               # with lengths that are true
     bare.SOPClassUID, bare.SOPInstanceUID, bare.file_meta = uid.SecondaryCaptureImageStorage, "1.2.3", header.file_meta.__class__()
     bare.file_meta.TransferSyntaxUID = syntax
     if bare.PhotometricInterpretation == "PALETTE COLOR": bare.PhotometricInterpretation = "MONOCHROME2"

@@ -75,3 +75,23 @@ def test_bombs_are_refused_before_they_take_memory(tmp_path):
 def test_the_figures_were_made_by_the_tool():
     table = [line.split(",") for line in (Path(__file__).parent.parent/"results/fuzz.csv").read_text().splitlines()]
     assert table[0] == COLUMNS and sum(int(row[1]) for row in table[1:]) >= 2000 and all(row[4] == "0" for row in table[1:])
+
+
+def test_a_piece_of_packed_pixels_whose_length_lies_costs_nothing(tmp_path):
+    "GDCM by itself takes gigabytes on it."
+    import pydicom
+    from PIL import Image
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 512)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path/"a.jpg", quality=95)
+    dicom(tmp_path/"a.dcm", pixels, 0)
+    h, jpeg = pydicom.dcmread(tmp_path/"a.dcm"), (tmp_path/"a.jpg").read_bytes()
+    h.BitsAllocated, h.BitsStored, h.HighBit, h.PixelRepresentation = 8, 8, 7, 0
+    whole = pydicom.encaps.encapsulate([jpeg])
+    h.PixelData = whole[:1000] + whole[1052:]
+    h["PixelData"].VR, h["PixelData"].is_undefined_length = "OB", True
+    h.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    pydicom.dcmwrite(tmp_path/"a.dcm", h)
+    reader = Reader()
+    result, seconds, peak = reader(tmp_path/"a.dcm")
+    reader.close()
+    assert result in ("read", "refused") and peak < 700, (result, seconds, peak)
