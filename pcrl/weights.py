@@ -32,7 +32,7 @@ def _read_torch(file: Path):
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # of many kinds, where the bytes are no such file
-        if code := re.search(r"GLOBAL (\S+)|TorchScript", str(e)):
+        if code := re.search(r"GLOBAL ([\w.]+)|TorchScript", str(e)):
             raise ValueError(f"{file} carries code ({code[1] or code[0]}) and was not opened: ask for its tensors alone, as safetensors") from None
         raise ValueError(f"{file} is not a whole file of tensors, neither of safetensors nor of torch: get it again") from None
 
@@ -51,12 +51,13 @@ def read_state_dict(
 ) -> dict[str, Tensor]:  # on the CPU
     """The weights in a file, by name; nothing in it is run.
 
-    Raises FileNotFoundError without the file, ValueError for a file that carries code, is damaged, or has no tensors by name."""
+    Raises FileNotFoundError without the file, ValueError for a file that carries code, is damaged, has no tensors by name, or names that cannot be shown."""
     if not Path(file).is_file(): raise FileNotFoundError(f"there is no file {file}")
     with open(file, "rb") as f: is_safetensors = f.read(9)[8:] == b"{"                   # 8 bytes of length, then JSON
     try: found = load_file(file) if is_safetensors else _tensors(_read_torch(Path(file)))
     except SafetensorError: raise ValueError(f"{file} is damaged: get it again") from None
     if not found: raise ValueError(f"{file} has no tensors by name: a state dict is needed")
+    if not all(map(str.isprintable, found)): raise ValueError(f"{file} has tensors with control characters in their names: it is not to be trusted")
     return found
 
 # %% ../nbs/09e_weights.ipynb #434d81f8
