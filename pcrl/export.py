@@ -159,9 +159,9 @@ def _save_weights(tensors: dict[str, Tensor], file: Path, title: str) -> str:
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     if file.suffix == ".pth":
         write_whole(file, lambda p: torch.save(tensors, p))
-        return f'import torch\nweights = torch.load("{file}", weights_only=True)'
+        return f"import torch\nweights = torch.load({str(file)!r}, weights_only=True)"
     write_whole(file, lambda p: save_file(tensors, p, dict(format="pt", title=title, images="in [0, 1]")))
-    return f'from safetensors.torch import load_file\nweights = load_file("{file}")'
+    return f"from safetensors.torch import load_file\nweights = load_file({str(file)!r})"
 
 
 def _write_folder(folder: Path, fill):
@@ -190,9 +190,9 @@ def export_encoder(
     net, encoder = encoder_settings(run), load_encoder(run).encoder
     if to == "hub":
         _write_folder(out, lambda p: _save_hub(run, p, licence))
-        return f'from pcrl.weights import load_encoder\nencoder = load_encoder("{out}").encoder'
+        return f'from pcrl.weights import load_encoder\nencoder = load_encoder({str(out)!r}).encoder'
     if to == "onnx":
         write_whole(out, lambda p: _save_onnx(encoder, net, p))
-        return f'import onnxruntime\nsession = onnxruntime.InferenceSession("{out}")\nmaps = session.run(None, dict(images=images))  # float32, in [0, 1]'
+        return f'import onnxruntime\nsession = onnxruntime.InferenceSession({str(out)!r})\nmaps = session.run(None, dict(images=images))  # float32, in [0, 1]'
     tensors, lines = _LIBRARIES[to](net, encoder.state_dict())
     return f"{_save_weights(tensors, out, read_config(run)['title'])}\n{lines}"

@@ -134,7 +134,7 @@ def _compare(
     found = match_names(tensors, [*own, *folds])
     rows, weights = _take(own, tensors, found)
     for bias, mean in folds.items():
-        if bias in found and mean in weights:
+        if bias in found and mean in weights and tensors[found[bias]].shape == own[mean].shape:
             weights[mean] = weights[mean] - tensors[found[bias]]
             rows.append(_row("folded", mean, own[mean], found[bias], tensors[found[bias]]))
     used = {row["name_in_file"] for row in rows}
