@@ -107,7 +107,7 @@ def pretrain(
         "Time to spend. Crop, width and epochs are then chosen by what a step takes on this machine, unless they are given."))] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images; the recipe's, or 100.")] = None,
     recipe: Annotated[str, typer.Option(help=(
-        "The method's settings: `robust`, `paper`, or `official` for those of the authors' code."))] = "robust",
+        "The method's settings: `robust`, `paper`, `literal`, or `official` for those of the authors' code."))] = "robust",
     crop: Crop = None,
     bs: Annotated[int | None, typer.Option(min=2, help="Crop pairs in a batch; the recipe's, or 8.")] = None,
     pairs_per_image: Annotated[int | None, typer.Option(min=1, help="Crop pairs drawn from each image in an epoch; the recipe's if left out.")] = None,
