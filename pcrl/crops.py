@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/crops.html.md"""
 
 # %% auto #0
 __all__ = ['SCALES', 'MIN_IOU', 'random_edges', 'box_iou', 'random_box', 'random_pair', 'resize_crop', 'is_air', 'CropPairs',
-           'CropLoader', 'set_epoch', 'crop_loaders']
+           'CropLoader', 'set_position', 'set_epoch', 'crop_loaders']
 
 # %% ../nbs/03_crops.ipynb #ad039c8c
 from collections.abc import Sequence
@@ -154,22 +154,41 @@ def __getitem__(self: CropPairs, key):
 
 # %% ../nbs/03_crops.ipynb #fc534b19
 class CropLoader(DataLoader):
-    "Batches `(crops,)` of `CropPairs`, crops (B, 2, C, [D,] H, W); which ones depends on the dataset's seed and on `self.epoch` alone."
-    epoch = 0
+    "Batches `(crops,)` of `CropPairs`, crops (B, 2, C, [D,] H, W); which ones depends on the dataset's seed and on `epoch` alone."
+    epoch, batch = 0, 0  # of which epoch, and from which of its batches on; `set_position` sets them
+    position = 0, 0  # epoch and batch that come next in the pass last begun
 
     def get_idxs(self):
         order = np.random.default_rng([self.dataset.seed, self.epoch]).permutation(self.n) if self.shuffle else range(self.n)
-        return [(self.epoch, int(i)) for i in order]
+        return [(self.epoch, int(i)) for i in order][self.batch * self.bs:]
 
     def create_item(self, key): return (self.dataset[key],)
 
+    def __iter__(self):
+        epoch, start = self.epoch, self.batch
+        for k, batch in enumerate(super().__iter__(), start + 1):
+            self.position = epoch, k
+            yield batch
+
 # %% ../nbs/03_crops.ipynb #fa4608cb
+def set_position(
+    dls: DataLoaders,  # from `crop_loaders`
+    epoch: int,  # counted from 0
+    batch: int = 0,  # of the epoch, counted from 0; those before it are not read
+):
+    """Make the training loader start at this batch of this epoch, until another position is set; validation stays the same.
+
+    Raises ValueError for a batch that the epoch does not have."""
+    if not 0 <= batch <= len(dls.train): raise ValueError(f"batch {batch} is not in an epoch of {len(dls.train)}: give 0 to {len(dls.train)}")
+    dls.train.epoch, dls.train.batch, dls.train.position = epoch, batch, (epoch, batch)
+
+
 def set_epoch(
     dls: DataLoaders,  # from `crop_loaders`
     epoch: int,  # counted from 0
 ):
-    "Make the training loader draw the crops of this epoch; validation stays the same."
-    dls.train.epoch = epoch
+    "Make the training loader draw the crops of this epoch, from its first batch on; validation stays the same."
+    set_position(dls, epoch)
 
 # %% ../nbs/03_crops.ipynb #b61da33d
 def crop_loaders(
@@ -189,3 +208,11 @@ def crop_loaders(
                                          f"fewer than a batch of {bs}: take a smaller bs or more pairs_per_image")
     return DataLoaders(CropLoader(train, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers),
                        CropLoader(valid, bs=bs, num_workers=num_workers), device=device or default_device())
+
+# %% ../nbs/03_crops.ipynb #11974696
+@patch
+def endless(self: CropLoader):  # yields batches
+    "Epoch after epoch from the position that is set; ends only when the caller stops asking."
+    while True:
+        yield from self
+        self.epoch, self.batch = self.epoch + 1, 0
