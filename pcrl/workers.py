@@ -17,8 +17,9 @@ from threading import Timer
 
 # %% ../nbs/00w_workers.ipynb #0e87222b
 def _sentence(item, error):
-    "What an error says of an item; errors that were not meant for readers get the item's name."
-    return str(error) if isinstance(error, ValueError) else f"{item} could not be worked on ({type(error).__name__}: {error}): leave it out"
+    "What an error says of an item; an error that does not name it gets its name."
+    if str(item) in str(error): return str(error)
+    return f"{item} could not be worked on ({type(error).__name__}: {error}): leave it out"
 
 
 def _serve():
