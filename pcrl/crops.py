@@ -110,7 +110,7 @@ def is_air(
 class CropPairs:
     "Pairs of random crops: `pairs[epoch, index]` is (2, C, [D,] H, W) in the images' dtype, a pure function of seed, epoch and index."
     def __init__(self,
-        images: Sequence,  # a list of arrays (C, [D,] H, W), or a store; uint8, or float in [0, 1]
+        images: Sequence,  # a list of arrays (C, [D,] H, W), or a `Store`, which is asked for its `shapes` and not opened; uint8, or float in [0, 1]
         size: int|Sequence,  # of a crop, ([D,] H, W), in voxels; one number for all edges
         pairs_per_image: int = 1,  # pairs drawn from each image in an epoch; the authors' 3D code takes 16
         scales: Sequence|None = None,  # see `random_edges`; None: the authors' (`SCALES`)
@@ -122,13 +122,14 @@ class CropPairs:
         tries: int = 100,  # after so many rejected candidates the last one is taken
     ):
         if not len(images): raise ValueError("there are no images to crop: the list is empty")
-        dims = images[0].ndim - 1
+        shapes = images.shapes if hasattr(images, "shapes") else [x.shape for x in images]
+        dims = len(shapes[0]) - 1
         self.images, self.size = images, (size,) * dims if isinstance(size, int) else tuple(size)
         self.scales, self.min_iou = SCALES[dims] if scales is None else scales, MIN_IOU[dims] if min_iou is None else min_iou
         self.pairs_per_image, self.seed, self.tries = pairs_per_image, seed, tries
         self.air, self.max_air, self.margin = air, max_air, margin
         if air is not None and dims != 3: raise ValueError(f"air is rejected in 3D only, these images are {dims}D: leave air out")
-        for i, x in enumerate(images): _check_fits(i, x.shape, self.size)
+        for i, shape in enumerate(shapes): _check_fits(i, shape, self.size)
 
     def __len__(self): return len(self.images) * self.pairs_per_image
 

@@ -267,6 +267,12 @@ def build_store(
     return Store(dst)
 
 @patch(as_prop=True)
+def settings(self: Store) -> dict:  # arguments of `build_store`, and a hash of the key
+    "What all images have in common; empty if the store was not made by `build_store`."
+    path = self.path / "store.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+@patch(as_prop=True)
 def skipped(self: Store) -> pd.DataFrame:  # columns file, reason
     "What the last build could not read."
     return pd.read_csv(self.path / "skipped.csv")
