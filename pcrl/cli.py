@@ -6,10 +6,11 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Out', 'Epochs', 'main', 'one_sentence', 'DemoData', 'demo',
-           'parse_crop', 'pretrain', 'diagnose', 'finetune', 'bench', 'reproduce']
+           'parse_crop', 'pretrain', 'diagnose', 'finetune', 'bench', 'reproduce', 'progress', 'store']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import os, warnings
+from contextlib import contextmanager
 from enum import Enum
 from functools import wraps
 from pathlib import Path
@@ -227,3 +228,46 @@ def reproduce(
     if kit is None: raise FileNotFoundError("the data kit is not embedded: set PCRL_DATA to its folder")
     page = reproduce(table, out, kit, scale, data, recipe, method, range(seeds), range(draws))
     typer.echo(f"Table: {out / 'ablations.csv'}\nPage:  {page}")
+
+# %% ../nbs/20_cli.ipynb #b1c2da82
+@contextmanager
+def progress(
+    label: str,
+):  # yields a function of how many are done, and of how many
+    "A bar on the terminal; where there is none, the label alone."
+    with typer.progressbar(length=1, label=label) as bar:
+        def tell(done, of):
+            bar.length = of
+            bar.update(done - bar.pos)
+        yield tell
+
+# %% ../nbs/20_cli.ipynb #14c714c0
+@app.command()
+@one_sentence
+def store(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, searched with all its subfolders; with `--verify`, a store.")],
+    dst: Annotated[Path | None, typer.Argument(metavar="DST", help="The store. One that is there is continued: what is in it is not read again.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings by the kind of image: `ct-lung`, `ct-abdomen`, `mri` or `xray`; options go before them.")] = None,
+    dims: Annotated[int | None, typer.Option(min=2, max=3, help="2 for radiographs, 3 for CT and MRI, the default.")] = None,
+    spacing: Annotated[tuple[float, float, float] | None, typer.Option(help="3D: spacing in mm (z y x) to which volumes are brought; 1 1 1 if left out.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="2D: pixels a side to which images are brought; 256 if left out.")] = None,
+    window: Window = None,
+    dtype: Annotated[str | None, typer.Option(help="`uint8`, the default, `float16` or `float32`.")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Channels of an image, 1 if left out; images with another number are skipped.")] = None,
+    key: Annotated[Path | None, typer.Option(help="File with the secret under which patient ids are hashed; the user's own if left out.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; one for each core if left out.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every array of the store SRC with its sum.")] = False,
+):
+    """Read a folder of images once into a store, or verify one. Exit code 0: all were read, 3: some were skipped, 1: none were read."""
+    from pcrl import check as c, store as s
+    if verify:
+        with progress("Verifying") as tell: bad = c.verify_store(src, workers, tell)
+        if len(bad): raise ValueError(f"{len(bad)} files of {src} are not as they were written, the first: {bad.file[0]} {bad.reason[0]}")
+        return typer.echo(f"Whole: {src}")
+    if dst is None: raise ValueError("there is no place for the store: give SRC and DST, or one store and --verify")
+    settings = s.settings_for(preset, dims=dims, spacing=spacing, size=size, window=window, dtype=dtype, channels=channels)
+    with progress("Reading") as tell: made = s.build_store(src, dst, key=key, processes=workers, progress=tell, **settings)
+    typer.echo(f"Store:   {dst}, {len(made)} images of {len(set(made.patients))} patients")
+    if len(made.skipped):
+        typer.echo(f"Skipped: {len(made.skipped)} files, see {dst / 'skipped.csv'}")
+        raise typer.Exit(3)

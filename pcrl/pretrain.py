@@ -9,7 +9,7 @@ __all__ = ['SHOWN', 'MethodStep', 'MethodLoss', 'queue_size_for', 'EpochCosine',
            'load_method', 'open_store', 'store_loaders']
 
 # %% ../nbs/10_pretrain.ipynb #2958f5a1
-import json
+import json, warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -190,11 +190,14 @@ def open_store(
 ) -> Store:
     """`src` itself if it is a store, else the store made from it before, else a new one.
 
-    Raises ValueError or OSError if there is nothing to read, or the store is of other dimensions."""
+    Raises ValueError or OSError if there is nothing to read, or the store is of other dimensions or settings."""
     made = next((Store(p) for p in (src, store) if (Path(p) / "manifest.csv").exists()), None)
-    found = made or build_store(src, store, dims, spacing=spacing, size=size, window=window)
-    if found.dims != dims: raise ValueError(f"{found.path} is a {found.dims}D store: give dims {found.dims}")
-    return found
+    if made and made.dims != dims: raise ValueError(f"{made.path} is a {made.dims}D store: give dims {made.dims}")
+    wanted = dict(spacing=spacing and [*spacing], size=size, window=window and [*window])
+    if made and (made.path == Path(src) or wanted.items() <= (wanted | made.settings).items()): return made
+    built = build_store(src, store, dims, spacing, size, window)
+    if len(built.skipped): warnings.warn(f"{len(built.skipped)} files could not be read, they are listed in {built.path / 'skipped.csv'}")
+    return built
 
 
 def store_loaders(
@@ -208,8 +211,8 @@ def store_loaders(
     """Crop loaders of a store, split by patient.
 
     Raises ValueError if there are too few patients."""
-    part = split_by_patient(store.manifest.patient.tolist(), (1 - valid, valid, 0.0), seed)
-    train, valid = ([store[i] for i, p in enumerate(part) if p == name] for name in ("train", "valid"))
+    part = split_by_patient(store.patients, (1 - valid, valid, 0.0), seed)
+    train, valid = (store.part([i for i, p in enumerate(part) if p == name]) for name in ("train", "valid"))
     if not train or not valid:
-        raise ValueError(f"{store.path} has {store.manifest.patient.nunique()} patient(s): too few to keep some for validation")
+        raise ValueError(f"{store.path} has {len(set(store.patients))} patient(s): too few to keep some for validation")
     return crop_loaders(train, valid, size, bs, seed=seed, **kwargs)
