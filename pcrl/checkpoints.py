@@ -11,6 +11,7 @@ __all__ = ['SCHEMA', 'random_state', 'set_random_state', 'find_checkpoints', 're
 # %% ../nbs/08d_checkpoints.ipynb #b11465cc
 import os, random, signal, time, warnings
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np, torch
@@ -187,7 +188,7 @@ class Checkpoints(Callback):
         if self.stopped_by and self.epoch + 1 < self.n_epoch: self._stop()
 
     def _stop(self):
-        words = f"the last checkpoint stands, {next(iter(self.kept), 'which is none')}" if self.unsaved else "all is saved"
+        words = f"the last checkpoint stands ({self._standing()})" if self.unsaved else "all is saved"
         raise RunStopped(f"stopped by {self.stopped_by} in epoch {self.epoch}, {words}: continue with --resume")
 
 # %% ../nbs/08d_checkpoints.ipynb #2495c59c
@@ -198,18 +199,31 @@ def keep(self: Checkpoints,
 ):
     "Write a checkpoint, or say why not."
     start = time.perf_counter()
-    try:
+    def write():
         self.write_results()
         self._write(epoch, batch, random)
-        if self.unsaved: warnings.warn(f"{self.folder} can be written to again: the checkpoint of epoch {epoch}, batch {batch} is saved", stacklevel=2)
-        self.unsaved = False
+    self._try_to(write)
+    self.last = time.perf_counter()
+    self.cost = self.last - start
+
+
+@patch
+def _try_to(self: Checkpoints, write: Callable) -> bool:
+    "Whether it was written; tells the first time that it was not, and the first time that it was again."
+    try: write()
     except OSError as e:
         if not self.unsaved:
             warnings.warn(f"{self.folder} cannot be written to ({e.strerror or e}): training goes on, the last checkpoint stands "
-                          f"({next(iter(self.kept), 'none yet')}), and the next one tries again", stacklevel=2)
+                          f"({self._standing()}), and the next one tries again", stacklevel=2)
         self.unsaved = True
-    self.last = time.perf_counter()
-    self.cost = self.last - start
+        return False
+    if self.unsaved: warnings.warn(f"{self.folder} can be written to again: all is saved", stacklevel=2)
+    self.unsaved = False
+    return True
+
+
+@patch
+def _standing(self: Checkpoints) -> str: return next((name for name in self.kept if (self.folder / name).exists()), "none")
 
 
 @patch
