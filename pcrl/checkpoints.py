@@ -310,11 +310,9 @@ def restore(
 # %% ../nbs/08d_checkpoints.ipynb #d455e817
 class StopOnSignal(Callback):
     "For the time of a fit, let SIGTERM and Ctrl-C stop a run with `Checkpoints` after the step."
-    def __init__(self,
-        run: Checkpoints,  # the learner's
-    ): self.checkpoints_of_run, self.process = run, os.getpid()
-
-    def before_fit(self): self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def before_fit(self):
+        self.process = os.getpid()
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def after_fit(self):
         for number, handler in self.before.items(): signal.signal(number, handler)
@@ -323,6 +321,7 @@ class StopOnSignal(Callback):
         if os.getpid() != self.process:  # a worker
             if number == signal.SIGTERM: os._exit(128 + number)
             return
-        self.checkpoints_of_run.stopped_by = signal.Signals(number).name
+        for cb in self.learn.cbs:
+            if isinstance(cb, Checkpoints): cb.stopped_by = signal.Signals(number).name
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])
         os.write(2, b"pcrl: finishing the step and saving; Ctrl-C stops at once\n")
