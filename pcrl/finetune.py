@@ -18,7 +18,7 @@ from torch import nn
 
 from .classify import auc_per_label, classify_learner, classify_loaders, predict_probabilities
 from .datasets import Cases
-from .runs import read_config, write_whole
+from .runs import read_config, resume as continue_run, write_whole
 from .segment import dice_per_class, predict_mask, segment_learner, segment_loaders
 
 # %% ../nbs/13a_finetune.ipynb #0ae8959c
@@ -86,16 +86,19 @@ def finetune(
     loss: str = "dice",  # segmentation: a name in `LOSSES`
     seed: int = 0,  # of order, crops and starting weights
     cbs: Sequence = (),  # further fastai callbacks
+    resume: bool = False,  # continue the run after its newest checkpoint, with the same arguments
+    every: int | None = None,  # steps between checkpoints; None: by the clock, see `checkpoint_due`
     bar: bool = True,  # fastai's progress bar and table
 ) -> tuple[dict[str, float], list | np.ndarray]:  # test metrics, and the masks or probabilities of the test cases
     """Finetune on the train part, keep the epoch that is best by the valid part, measure on the test part (also in `test.csv`).
 
-    Raises ValueError, FileNotFoundError or FileExistsError where the cases, `init` or `run` do not fit."""
+    Raises ValueError, FileNotFoundError or FileExistsError where the cases, `init` or `run` do not fit, RunStopped if a callback asked for it."""
     if not len(test := cases.part("test")):
         raise ValueError(f"{cases.name} has no test cases: mark some in its table, or give more patients")
     crop = tuple(crop or ((224, 224) if cases.dims == 2 else (32, 64, 64)))
     learn = _learner(cases, crop, bs, crops_per_epoch, loss, seed, init, width, lr=lr, run=run)
+    learn.run_folder.every = every
     with ExitStack() as quiet:
         if not bar: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
-        learn.fit(epochs, cbs=cbs)
+        learn.fit(epochs, cbs=cbs, start_epoch=continue_run(learn) if resume else 0)
     return _measure(learn.model, test, crop, run)
