@@ -6,8 +6,8 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Out', 'Epochs', 'Resume', 'Every', 'main', 'one_sentence',
-           'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'finetune', 'bench', 'reproduce', 'progress',
-           'store']
+           'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'finetune', 'export', 'bench', 'reproduce',
+           'progress', 'store']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import os, warnings
@@ -40,7 +40,7 @@ def one_sentence(
         os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # in the demo's processes too
         warnings.formatwarning = lambda message, *_, **__: f"pcrl: {message}\n"
         try: return command(*args, **kwargs)
-        except (ValueError, OSError, FloatingPointError) as e:
+        except (ValueError, OSError, FloatingPointError, ImportError) as e:
             sentence = str(e).rpartition("`:\n\t")[2]  # fastai puts the name of its callback before an error's own words
             typer.secho(f"pcrl: {sentence}", err=True, fg="red")
             raise typer.Exit(getattr(e, "exit_code", 1)) from None
@@ -199,6 +199,19 @@ def finetune(
     metrics, _ = finetune(few, out, init, width, epochs, bs, lr, crop, loss=loss, seed=seed, cbs=[StopOnSignal()], resume=resume, every=every)
     for name, value in metrics.items(): typer.echo(f"{name:30} {value:.3f}")
     typer.echo(f"on {len(few.part('test'))} test cases. Run: {out}")
+
+# %% ../nbs/20_cli.ipynb #bbb9b79a
+@app.command()
+@one_sentence
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, of a pretraining or of a finetuning.")],
+    to: Annotated[str, typer.Option(help="`torchvision`, `timm`, `monai`, `onnx`, or `hub` for a folder with card, settings and weights.")],
+    out: Annotated[Path, typer.Option(help="A file that ends in .safetensors or .pth, or in .onnx; for `hub` a folder. Must not exist.")],
+    license: Annotated[str | None, typer.Option(help="`hub`: of the weights, as hubs name it, such as `cc-by-4.0`; the card says so if it is left out.")] = None,
+):
+    """Write a run's encoder for another library, and print the lines of Python that load it there."""
+    from pcrl.export import export_encoder
+    typer.echo(export_encoder(run, to, out, license))
 
 # %% ../nbs/20_cli.ipynb #1ac7734a
 @app.command()
