@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .classify import auc_per_label
+from .statistics import auc_per_label
 from .diagnose import evaluating
 from .transforms import to_unit
 
