@@ -25,7 +25,7 @@ from .runs import finetune_learner, load_weights_, pretrained_parts, read_config
 from .schedules import schedule_settings
 from .transforms import to_unit
 from .unet import UNet
-from .weights import load_encoder
+from .weights import load_encoder, load_imagenet
 
 # %% ../nbs/12_classify.ipynb #0a6eec6b
 class LabelledImages:
@@ -119,9 +119,8 @@ def load_init_(
 
     Raises FileNotFoundError if there is no such run or file, ValueError if it is of another network."""
     if init in (None, "scratch"): return
-    if init == "imagenet":
-        from pcrl.weights import load_imagenet
-        return print(load_imagenet(unet.encoder, unet.config["backbone"]))
+    if init == "imagenet" and unet.dims == 3: raise ValueError("ImageNet's weights are for 2D images: start a 3D network from a run, a file, or scratch")
+    if init == "imagenet": return print(load_imagenet(unet.encoder, unet.config["backbone"]))
     is_run = (Path(init) / "config.json").exists()
     if is_run and read_config(init).get("in_channels", 1) == unet.in_channels:
         load_weights_(unet, init, pretrained_parts(init) if decoder else ("encoder",))

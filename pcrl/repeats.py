@@ -93,7 +93,7 @@ def finetune_repeats(
             metrics, _ = finetune(few, run, init, seed=s, **settings)
             return metrics, time.perf_counter() - start
         results.add(make, data=cases.name, split=split_id(cases), ratio=round(few.split.count("train") / cases.split.count("train"), 4), seed=s, **_origin(init))
-    split = write_split(cases, out / "split.csv", seed=seed)
+    split = write_split(cases, out / "split.csv", "as given")
     report = repeats_report(cases, results.table, [*runs.values()], split)
     write_whole(out / "report.md", lambda p: p.write_text(report, encoding="utf-8"))
     return results.table
