@@ -29,10 +29,11 @@ def find_arms(
     for given in map(Path, runs):
         for run in sorted(given.glob("seed*/")) if not (given / "predictions.csv").exists() and any(given.glob("seed*/predictions.csv")) else [given]:
             arm, repeat = (run.parent, run.name) if re.fullmatch(r"seed\d+", run.name) else (run, "seed")
-            found, first = read_predictions(run), first or run
+            found = read_predictions(run)
+            first = first or (run, found)
             if repeat in arms.setdefault(str(arm), {}): raise ValueError(f"{run} is given twice: name each run once")
             arms[str(arm)][repeat] = found
-            _check_same_cases(first, read_predictions(first), run, found)
+            _check_same_cases(*first, run, found)
     names = [Path(arm).name for arm in arms]
     return {Path(arm).name if names.count(Path(arm).name) == 1 else arm: repeats for arm, repeats in arms.items()}
 
