@@ -6,8 +6,8 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Out', 'Epochs', 'Resume', 'Every', 'main', 'one_sentence',
-           'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'finetune', 'export', 'bench', 'reproduce',
-           'progress', 'store']
+           'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'finetune', 'compare', 'export', 'bench',
+           'reproduce', 'progress', 'store']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import os, warnings
@@ -173,32 +173,54 @@ def finetune(
         "A folder with `images/` and either `masks/` (files of the same names: segmentation) or `labels.csv` (columns image, optionally "
         "patient and split, and a column of 0 and 1 for each label: classification)."))],
     out: Out,
-    init: Annotated[Path | None, typer.Option(help="Run folder of a pretraining to start from; from scratch if left out.")] = None,
+    init: Annotated[str, typer.Option(metavar="RUN|FILE|imagenet|scratch", help=(
+        "What to start from: the run folder of a pretraining, a file of weights, ImageNet's weights (2D), or nothing."))] = "scratch",
+    schedule: Annotated[str, typer.Option(help=(
+        "What is trained when: `full`, `frozen` (the new layers alone), `frozen-then-full`, or `layerwise` (early layers at lower rates)."))] = "full",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs, each with its own seed, in OUT/seed0, OUT/seed1, ...; one run is OUT itself.")] = 3,
     dims: Dims = 3,
-    labelled: Annotated[int | None, typer.Option(min=1, help="Use so few labelled training cases, drawn by patient; all if left out.")] = None,
+    labelled: Annotated[int | None, typer.Option(min=1, help="Use so few labelled training cases, drawn by patient for each repeat; all if left out.")] = None,
     epochs: Epochs = 50,
     crop: Crop = None,
     bs: Annotated[int, typer.Option(min=2, help="Images or crops in a batch.")] = 4,
-    width: Annotated[int | None, typer.Option(help="Channels of the first level; the pretraining's if left out, or 64 from scratch.")] = None,
+    width: Annotated[int | None, typer.Option(help="Channels of the first level; the pretraining's if left out, or 64.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="2D: `resnet18`, `resnet50`, ..., or a network of timm's; the pretraining's, or `resnet18`, if left out.")] = None,
     lr: Annotated[float, typer.Option(help="Learning rate; the default is for full width, a narrow network wants more.")] = 1e-4,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower validation loss; never if left out.")] = None,
+    class_weights: Annotated[bool, typer.Option("--class-weights", help="Of labels: let rare ones weigh as much as common ones.")] = False,
     loss: Annotated[str, typer.Option(help="Of segmentation: `dice`, or `dice_ce`, which adds cross entropy and suits very few cases.")] = "dice",
     size: Size = 256,
     spacing: Spacing = (1.0, 1.0, 1.0),
     window: Window = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the labelled cases, the order and the starting weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the split; and, for the first repeat, of the labelled cases, the order and the starting weights.")] = 0,
     every: Every = None,
     resume: Resume = False,
 ):
-    """Finetune to labels or masks, keep the best epoch, and measure on the test cases."""
+    """Finetune to labels or masks, keep the best epoch, and measure on the test cases; three times by default, for the spread."""
     from pcrl.checkpoints import StopOnSignal
     from pcrl.datasets import folder_cases
-    from pcrl.finetune import finetune
+    from pcrl.repeats import finetune_repeats, spread
     crop = parse_crop(crop, dims)
     cases = folder_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed)
-    few = cases if labelled is None else cases.take_labelled(labelled, seed)
-    metrics, _ = finetune(few, out, init, width, epochs, bs, lr, crop, loss=loss, seed=seed, cbs=[StopOnSignal()], resume=resume, every=every)
-    for name, value in metrics.items(): typer.echo(f"{name:30} {value:.3f}")
-    typer.echo(f"on {len(few.part('test'))} test cases. Run: {out}")
+    results = finetune_repeats(cases, out, repeats, seed, labelled, init, width=width, epochs=epochs, bs=bs, lr=lr, crop=crop, loss=loss,
+                               schedule=schedule, patience=patience, weighted=class_weights, backbone=backbone, cbs=[StopOnSignal()], every=every, resume=resume)
+    typer.echo(spread(results).round(3).to_string(index=False))
+    typer.echo(f"on {cases.split.count('test')} test cases. Report: {out / 'report.md'}")
+
+# %% ../nbs/20_cli.ipynb #aaac5637
+@app.command()
+@one_sentence
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="OUT folders of `pcrl finetune` to labels, tested on the same cases; the first is what the others are measured against.")],
+):
+    """Set finetunings to labels beside each other: means, spreads, and tests over patients and over seeds."""
+    from pcrl.compare import claim, compare_arms, describe_arms, find_arms
+    arms = find_arms(runs)
+    if len(arms) < 2: raise ValueError("there is nothing to compare: name two or more folders of finetunings")
+    typer.echo(describe_arms(arms).round(3).to_string(index=False))
+    differences = compare_arms(arms)
+    typer.echo("\n" + differences.dropna(axis=1, how="all").round(3).to_string(index=False) + "\n")
+    for _, row in differences[differences.label == "mean"].iterrows(): typer.echo(claim(row, next(iter(arms))))
 
 # %% ../nbs/20_cli.ipynb #bbb9b79a
 @app.command()

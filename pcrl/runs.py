@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import trainable_params
 from torch import nn
 
 from . import __version__
@@ -371,9 +372,12 @@ def finetune_learner(
     lr: float = 1e-4,  # the paper's, for a network of full width
     run: str | Path | None = None,  # folder to write the run to; None writes nothing
     settings: dict | None = None,  # for the run's config.json
+    patience: int | None = None,  # epochs without a lower validation loss after which to stop; None never stops
+    decay: CosineDecay | None = None,  # of the learning rate; None: a warm-up over a tenth of the run
+    splitter: Callable = trainable_params,  # the model's groups of weights, each with its own rate
 ) -> Learner:
     "A Learner with Adam, warm-up and cosine, that keeps the epoch with the best validation loss."
-    cbs = [FiniteGuard(), CosineDecay(warmup=0.1), EpochFigures(), KeepBest(parts)]
+    cbs = [FiniteGuard(), decay or CosineDecay(warmup=0.1), EpochFigures(), KeepBest(parts, patience)]
     if run is not None: cbs.append(RunFolder(run, settings))
     adam = partial(OptimWrapper, opt=torch.optim.Adam)
-    return Learner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, cbs=cbs)
+    return Learner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)
