@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .crops import crop_loaders
-from .datasets import split_by_patient
+from .cases import split_by_patient
 from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings

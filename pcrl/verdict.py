@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .contrast import effective_rank
 from .crops import CropPairs
-from .datasets import split_by_patient
+from .cases import split_by_patient
 from .diagnose import answers_figure, ask_every_transform, evaluating, obedience, paths_figure
 from .instruments import carried, gate_spread, held_out_contrast, loss_gradients, queue_facts
 from .pretrain import load_method
