@@ -14,7 +14,7 @@ import numpy as np
 from .cases import Cases
 from .files import OnDisk
 from .store import prepare
-from .volumes import Volume, read_volume
+from .volumes import Volume, read_volume, resample
 
 # %% ../nbs/01p_preparation.ipynb #beae0701
 def image_facts(
@@ -45,9 +45,11 @@ def describe_preparation(
 def prepare_again(
     volume: Volume,  # as read
     preparation: dict,  # of a model
-) -> np.ndarray:  # (1, [D,] H, W)
+) -> tuple[np.ndarray, Volume]:  # (1, [D,] H, W), and the volume on the grid of this array, for the way back
     "An image as the model's training images were prepared."
-    return prepare(volume, **{k: preparation[k] for k in ("spacing", "size", "window", "dtype")})
+    spacing, *rest = (preparation[k] for k in ("spacing", "size", "window", "dtype"))
+    grid = volume if spacing is None else resample(volume, spacing)
+    return prepare(grid, None, *rest), grid
 
 # %% ../nbs/01p_preparation.ipynb #e945c4cc
 def cases_preparation(
