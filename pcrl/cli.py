@@ -1,4 +1,4 @@
-"""The `pcrl` command: `demo`, `pretrain`, `finetune` and `bench`; no logic of its own
+"""The `pcrl` command: `demo`, `pretrain`, `finetune`, `predict` and `bench`; no logic of its own
 
 Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Out', 'Epochs', 'Resume', 'Every', 'main', 'one_sentence',
-           'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'finetune', 'compare', 'export', 'bench',
-           'reproduce', 'progress', 'store']
+           'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'finetune', 'predict', 'compare', 'export',
+           'bench', 'reproduce', 'progress', 'store']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import os, warnings
@@ -198,7 +198,7 @@ def finetune(
 ):
     """Finetune to labels or masks, keep the best epoch, and measure on the test cases; three times by default, for the spread."""
     from pcrl.checkpoints import StopOnSignal
-    from pcrl.datasets import folder_cases
+    from pcrl.folders import folder_cases
     from pcrl.repeats import finetune_repeats, spread
     crop = parse_crop(crop, dims)
     cases = folder_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed)
@@ -206,6 +206,22 @@ def finetune(
                                schedule=schedule, patience=patience, weighted=class_weights, backbone=backbone, cbs=[StopOnSignal()], every=every, resume=resume)
     typer.echo(spread(results).round(3).to_string(index=False))
     typer.echo(f"on {cases.split.count('test')} test cases. Report: {out / 'report.md'}")
+
+# %% ../nbs/20_cli.ipynb #51d1571f
+@app.command()
+@one_sentence
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a finetuning, or a folder of repeats, seed0, seed1, ..., whose mean predicts.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Image files, and folders, which are searched with all their subfolders.")],
+    out: Annotated[Path, typer.Option(help="Folder for masks, figures/, predictions.csv and skipped.csv; must not hold predictions yet.")],
+    flips: Annotated[bool, typer.Option("--flips", help="Segmentation: average over all flips, 4 times the work in 2D and 8 times in 3D.")] = False,
+):
+    """Predict masks, in each file's own geometry and format, or probabilities of labels. Exit code 3: some inputs were skipped."""
+    from pcrl.predict import predict
+    done, skipped = predict(run, inputs, out, flips, typer.echo)
+    if done: typer.echo(f"{done} predicted. Table: {out / 'predictions.csv'}")
+    if skipped: typer.secho(f"pcrl: {skipped} skipped, with reasons in {out / 'skipped.csv'}", err=True, fg="red")
+    if skipped: raise typer.Exit(3 if done else 1)
 
 # %% ../nbs/20_cli.ipynb #aaac5637
 @app.command()
