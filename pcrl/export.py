@@ -12,11 +12,10 @@ import contextlib, io, json, os, shutil
 from pathlib import Path
 
 import pandas as pd, torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .runs import model_card, read_config, write_whole
-from .store import source_hash
+from .records import file_hash, write_tensors, write_whole
+from .runs import model_card, read_config
 from .unet import RESNETS
 from .weights import encoder_settings, load_encoder, match_names
 
@@ -127,9 +126,9 @@ def hub_card(
                  tags=["medical-imaging", "pcrl", f"{config['dims']}d"])
     terms = licence or "not stated by whoever made this folder: ask before you use it"
     data = f"{config.get('data', 'not stated')}. " + (
-        f"SHA-256 of the store's manifest, which has one of every image, as this folder was made: `{source_hash(manifest)}`." if manifest else
+        f"SHA-256 of the store's manifest, which has one of every image, as this folder was made: `{file_hash(manifest)}`." if manifest else
         "The store's manifest was not at hand as this folder was made.")
-    hashes = "\n".join(f"| `{p.relative_to(folder)}` | `{source_hash(p)}` |" for p in sorted(folder.rglob("*")) if p.is_file())
+    hashes = "\n".join(f"| `{p.relative_to(folder)}` | `{file_hash(p)}` |" for p in sorted(folder.rglob("*")) if p.is_file())
     return "\n\n".join(["---\n" + "\n".join(f"{k}: {json.dumps(v)}" for k, v in front.items()) + "\n---",
         model_card(config, pd.read_csv(folder / "log.csv").to_dict("records")).strip(),
         "## Loading\n\n```python\nfrom pcrl.weights import load_encoder\nencoder = load_encoder(\"this folder\").encoder  # images in [0, 1] to feature maps, the finest first\n```",
@@ -160,7 +159,7 @@ def _save_weights(tensors: dict[str, Tensor], file: Path, title: str) -> str:
     if file.suffix == ".pth":
         write_whole(file, lambda p: torch.save(tensors, p))
         return f"import torch\nweights = torch.load({str(file)!r}, weights_only=True)"
-    write_whole(file, lambda p: save_file(tensors, p, dict(format="pt", title=title, images="in [0, 1]")))
+    write_tensors(file, tensors, dict(format="pt", title=title, images="in [0, 1]"))
     return f"from safetensors.torch import load_file\nweights = load_file({str(file)!r})"
 
 

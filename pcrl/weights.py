@@ -18,10 +18,9 @@ from inspect import signature
 from pathlib import Path
 
 import pandas as pd, torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .records import read_tensors
 from .runs import read_config
 from .unet import RESNETS, UNet
 
@@ -34,7 +33,7 @@ def _read_torch(file: Path):
     except Exception as e:  # of many kinds, where the bytes are no such file
         if code := re.search(r"GLOBAL ([\w.]+)|TorchScript", str(e)):
             raise ValueError(f"{file} carries code ({code[1] or code[0]}) and was not opened: ask for its tensors alone, as safetensors") from None
-        raise ValueError(f"{file} is not a whole file of tensors, neither of safetensors nor of torch: get it again") from None
+        raise ValueError(f"{file} is not a whole file of tensors, neither of safetensors nor of torch: take another copy of it") from None
 
 # %% ../nbs/09e_weights.ipynb #67800802
 def _tensors(content) -> dict[str, Tensor]:
@@ -54,8 +53,7 @@ def read_state_dict(
     Raises FileNotFoundError without the file, ValueError for a file that carries code, is damaged, has no tensors by name, or names that cannot be shown."""
     if not Path(file).is_file(): raise FileNotFoundError(f"there is no file {file}")
     with open(file, "rb") as f: is_safetensors = f.read(9)[8:] == b"{"                   # 8 bytes of length, then JSON
-    try: found = load_file(file) if is_safetensors else _tensors(_read_torch(Path(file)))
-    except SafetensorError: raise ValueError(f"{file} is damaged: get it again") from None
+    found = read_tensors(file) if is_safetensors else _tensors(_read_torch(Path(file)))
     if not found: raise ValueError(f"{file} has no tensors by name: a state dict is needed")
     if not all(map(str.isprintable, found)): raise ValueError(f"{file} has tensors with control characters in their names: it is not to be trusted")
     return found
