@@ -9,7 +9,7 @@ __all__ = ['SHOWN', 'MethodStep', 'MethodLoss', 'queue_size_for', 'EpochCosine',
            'load_method', 'open_store', 'store_loaders']
 
 # %% ../nbs/10_pretrain.ipynb #2958f5a1
-import json, warnings
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,16 +21,17 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import ValueMetric
 from fastai.optimizer import OptimWrapper
-from safetensors.torch import load_file
 from torch import nn
 
+from .checkpoints import read_checkpoint
 from .crops import crop_loaders
 from .cases import split_by_patient
 from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
 from .store import Store, build_store
-from .runs import CosineDecay, EpochFigures, FiniteGuard, KeepBest, RunFolder, read_config
+from .guards import FiniteGuard
+from .runs import CosineDecay, EpochFigures, KeepBest, RunFolder, read_config
 from .unet import keep_freed_memory
 
 # %% ../nbs/10_pretrain.ipynb #8c2b1c61
@@ -166,16 +167,15 @@ def _tuples(value):
 def load_method(
     run: str | Path,  # a run folder of `pretrain_learner`
 ) -> nn.Module:  # on the CPU
-    """The whole network of a pretraining, momentum branch and queue included, as its last whole epoch left it.
+    """The whole network of a pretraining, momentum branch and queue included, as its newest checkpoint has it.
 
-    Raises FileNotFoundError if the folder is no run or has no whole epoch, ValueError if it is no pretraining run."""
-    config, state = read_config(run), Path(run) / "resume" / "state.json"
+    Raises FileNotFoundError if the folder is no run or has no checkpoint, ValueError if it is no pretraining run."""
+    config = read_config(run)
     if config.get("method") not in METHODS: raise ValueError(f"{run} is no pretraining run: give the folder that `pcrl pretrain` wrote")
-    if not state.exists(): raise FileNotFoundError(f"{run} has no whole epoch yet: wait for one")
     recipe = Recipe(**{k: _tuples(v) for k, v in config["recipe"].items()})
     net = {k: config[k] for k in ("norm", "backbone", "checkpoint") if k in config}
     model = METHODS[config["method"]](config["dims"], recipe, config["in_channels"], config["width"], net)
-    tensors = load_file(state.with_name(json.loads(state.read_text())["tensors"]))
+    _, tensors = read_checkpoint(Path(run) / "resume")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     return model
 
