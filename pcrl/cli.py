@@ -222,10 +222,12 @@ def finetune(
 ):
     """Finetune to labels or masks, keep the best epoch, and measure on the test cases; three times by default, for the spread."""
     from pcrl.checkpoints import StopOnSignal
-    from pcrl.layouts import open_cases
+    from pcrl.layouts import open_cases, prepare_cases
     from pcrl.repeats import finetune_repeats, spread
     crop = parse_crop(crop, dims)
     cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed, cache or out.with_name(f"{out.name}-cases"), split)
+    with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
+    for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
     results = finetune_repeats(cases, out, repeats, seed, labelled, init, width=width, epochs=epochs, bs=bs, lr=lr, crop=crop, loss=loss,
                                schedule=schedule, patience=patience, weighted=class_weights, backbone=backbone, cbs=[StopOnSignal()], every=every, resume=resume)
     typer.echo(spread(results).round(3).to_string(index=False))
