@@ -73,7 +73,8 @@ def read_image(
     "One case's image, prepared. Raises VolumeError for a file that cannot be read or channels that differ in shape."
     paths = item if isinstance(item, tuple) else (item,)
     arrays = [prepare(read_volume(path), spacing, size, window) for path in paths]
-    if len(shapes := {a.shape[1:] for a in arrays}) > 1: raise VolumeError(f"{paths[0]} and its other channels differ in shape {sorted(shapes)}: they must cover the same grid")
+    if len(shapes := {a.shape[1:] for a in arrays}) > 1:
+        raise VolumeError(f"{paths[0]} and its other channels differ in shape {sorted(shapes)}: they must cover the same grid")
     return np.concatenate(arrays)
 
 # %% ../nbs/01b_files.ipynb #a5ec1da5
@@ -85,7 +86,8 @@ def read_mask(
     "One case's mask, prepared. Raises VolumeError for a file that is no mask."
     volume = read_volume(path)
     mask = (volume if spacing is None or volume.array.ndim == 2 else resample(volume, spacing, labels=True)).array
-    if (mask != mask.round()).any() or mask.min() < 0 or mask.max() > 255: raise VolumeError(f"{path} is not a mask: whole numbers from 0 to 255 are expected")
+    if (mask != mask.round()).any() or mask.min() < 0 or mask.max() > 255:
+        raise VolumeError(f"{path} is not a mask: whole numbers from 0 to 255 are expected")
     mask = mask.astype(np.uint8)
     if values is None: return mask
     number = np.zeros(256, np.uint8)

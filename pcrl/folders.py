@@ -31,16 +31,19 @@ def folder_table(
         raise ValueError(f"{path} names {missing[0]}, which is not below {root / 'images'} ({len(missing)} such in all)")
     if "split" in table and (odd := set(table.split) - {"train", "valid", "test"}):
         raise ValueError(f"{path} has the split {sorted(map(str, odd))[0]!r}: use train, valid and test")
-    if "patient" in table and table.patient.isna().any(): raise ValueError(f"{path} names no patient for {table.image[table.patient.isna()].iloc[0]}: fill the column, or leave it out")
+    if "patient" in table and table.patient.isna().any():
+        raise ValueError(f"{path} names no patient for {table.image[table.patient.isna()].iloc[0]}: fill the column, or leave it out")
     table = table.assign(patient=table.patient if "patient" in table else table.image, source=table.image.map(sources))
     if "split" in table: return table
     labels = None if (root / "masks").is_dir() or not path.is_file() else _own_labels(path, table)[0]
     return table.assign(split=split_by_patient(table.patient.tolist(), (0.7, 0.1, 0.2), seed, labels))
 
+# %% ../nbs/02a_folders.ipynb #557fadbf
 def _own_labels(path, table):
     "Targets and classes: of the column `class`, or of every column that is not about the image itself."
     if "class" in table:
-        if table["class"].isna().any(): raise ValueError(f"{path} names no class for {table.image[table['class'].isna()].iloc[0]}: leave that row out")
+        if table["class"].isna().any():
+            raise ValueError(f"{path} names no class for {table.image[table['class'].isna()].iloc[0]}: leave that row out")
         classes = sorted(set(table["class"]))
         return table["class"].map(classes.index).to_numpy(np.int64), classes
     names = [c for c in table if c not in ("image", "patient", "split", "source")]
@@ -53,12 +56,14 @@ def _own_masks(root, names, images, spacing, cache):
     "Masks on disk with their values renumbered 1, 2, ..., and the values' names: a mask of 0 and 255 has one class."
     masks, values = OnDisk([root / "masks" / name for name in names], read_mask, cache, spacing=spacing), set()
     for path, image, mask in zip(masks.items, images, masks):
-        if mask.shape != image.shape[1:]: raise ValueError(f"{path} has shape {mask.shape}, but its image has {image.shape[1:]}: they must cover the same grid")
+        if mask.shape != image.shape[1:]:
+            raise ValueError(f"{path} has shape {mask.shape}, but its image has {image.shape[1:]}: they must cover the same grid")
         values |= set(np.unique(mask).tolist()) - {0}
     if not values: raise ValueError(f"{root / 'masks'} has nothing but background: there is nothing to learn")
     number = {v: k for k, v in enumerate(sorted(values), 1)}
     return OnDisk(masks.items, read_mask, cache, spacing=spacing, values=number), [f"class {v}" for v in number]
 
+# %% ../nbs/02a_folders.ipynb #dadb8b51
 def folder_cases(
     root,  # folder with `images/`, and `masks/` or `labels.csv`
     dims: int,  # 2 or 3

@@ -11,6 +11,7 @@ __all__ = ['LAYOUTS', 'FEW', 'Layout', 'find_layout', 'open_cases', 'prepare_cas
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 import pandas as pd
 from .cases import Cases
 from .files import OnDisk
@@ -30,23 +31,29 @@ class Layout:
     name: str  # for the user
     dims: int  # 2 or 3; 0: either
     mark: Callable  # root to bool: is it this?
-    open: Callable  # (root, dims, spacing, size, window, seed, cache) to `Cases`
+    open: Callable  # (root, a namespace of the other arguments of `open_cases`) to `Cases`
 
 def _has(*patterns): return lambda root: root.is_dir() and all(next(root.glob(p), None) for p in patterns)
 def _is_task(root): return (root / "dataset.json").is_file() and '"training"' in (root / "dataset.json").read_text(errors="replace")
 def _is_brats(root): return any(_has(f"**/*{seg}.nii*", f"**/*{t1}.nii*")(root) for seg, t1 in (("_seg", "_t1ce"), ("-seg", "-t1c")))
 def _is_own(root): return (root / "images").is_dir() and ((root / "masks").is_dir() or (root / "labels.csv").is_file())
 
+# %% ../nbs/02f_layouts.ipynb #0d7f0550
 LAYOUTS = [
-    Layout("a folder with images/ and masks/ or labels.csv", 0, _is_own, folder_cases),
-    Layout("ChestX-ray14", 2, _has("Data_Entry_2017*.csv"), lambda root, dims, spacing, size, window, seed, cache: chest14_cases(root, size or 256, seed, cache)),
-    Layout("CheXpert", 2, _has("train.csv", "valid.csv", "train/patient*"), lambda root, dims, spacing, size, window, seed, cache: chexpert_cases(root, "ones", size or 256, seed, cache)),
-    Layout("a task of the Medical Segmentation Decathlon", 3, _is_task, lambda root, dims, spacing, size, window, seed, cache: msd_cases(root, spacing, window, seed, cache)),
-    Layout("LUNA16", 3, _has("subset*/**/*.mhd"), lambda root, dims, spacing, size, window, seed, cache: luna16_nodules(root, spacing=spacing or (1., 1., 1.), window=window or LUNG, cache=cache)),
-    Layout("LiTS", 3, _has("**/volume-*.nii*", "**/segmentation-*.nii*"), lambda root, dims, spacing, size, window, seed, cache: lits_cases(root, spacing, window or SOFT_TISSUE, seed, cache)),
-    Layout("BraTS", 3, _is_brats, lambda root, dims, spacing, size, window, seed, cache: brats_cases(root, spacing, seed, cache)),
-    Layout("MedMNIST", 0, lambda root: root.suffix == ".npz" and root.is_file(), lambda root, dims, spacing, size, window, seed, cache: read_medmnist(root, root.stem.split("_")[0])),
-]
+    Layout("a folder with images/ and masks/ or labels.csv", 0, _is_own, lambda root, o: folder_cases(root, **vars(o))),
+    Layout("ChestX-ray14", 2, _has("Data_Entry_2017*.csv"), lambda root, o: chest14_cases(root, o.size or 256, o.seed, o.cache)),
+    Layout("CheXpert", 2, _has("train.csv", "valid.csv", "train/patient*"), lambda root, o: chexpert_cases(root, "ones", o.size or 256, o.seed, o.cache)),
+    Layout("a task of the Medical Segmentation Decathlon", 3, _is_task, lambda root, o: msd_cases(root, o.spacing, o.window, o.seed, o.cache)),
+    Layout("LUNA16", 3, _has("subset*/**/*.mhd"),
+           lambda root, o: luna16_nodules(root, spacing=o.spacing or (1., 1., 1.), window=o.window or LUNG, seed=o.seed, cache=o.cache)),
+    Layout("LiTS", 3, _has("**/volume-*.nii*", "**/segmentation-*.nii*"),
+           lambda root, o: lits_cases(root, o.spacing, o.window or SOFT_TISSUE, o.seed, o.cache)),
+    Layout("BraTS", 3, _is_brats, lambda root, o: brats_cases(root, o.spacing, o.seed, o.cache)),
+    Layout("MedMNIST", 0, lambda root: root.suffix == ".npz" and root.is_file(), lambda root, o: read_medmnist(root, root.stem.split("_")[0]))]
+
+# %% ../nbs/02f_layouts.ipynb #a4d6745d
+def _check_dims(root, layout, dims):
+    if layout.dims not in (0, dims): raise ValueError(f"{root} is {layout.name}, which is {layout.dims}D: give dims {layout.dims}")
 
 def find_layout(
     root,  # a folder, or a file of MedMNIST
@@ -69,8 +76,8 @@ def open_cases(
 
     Raises ValueError, VolumeError or FileNotFoundError, one sentence, where the folder does not hold what it should."""
     layout = find_layout(root) or LAYOUTS[0]                                             # whose complaint says what is missing
-    if layout.dims not in (0, dims): raise ValueError(f"{root} is {layout.name}, which is {layout.dims}D: give dims {layout.dims}")
-    cases = layout.open(Path(root), dims, spacing, size, window, seed, cache)
+    _check_dims(root, layout, dims)
+    cases = layout.open(Path(root), SimpleNamespace(dims=dims, spacing=spacing, size=size, window=window, seed=seed, cache=cache))
     if cases.dims != dims: raise ValueError(f"{root} is {cases.dims}D: give dims {cases.dims}")
     return cases if split is None else use_split(cases, split)
 
@@ -86,6 +93,7 @@ def _fault(name, *args):
     try: _prepare(name, *args)
     except VolumeError as e: return str(e)
 
+# %% ../nbs/02f_layouts.ipynb #e3cadf95
 def prepare_cases(
     cases: Cases,
     processes: int|None = None,  # None: one for each core
@@ -93,26 +101,33 @@ def prepare_cases(
 ) -> tuple[Cases, pd.DataFrame]:  # those that can be read, and a table (case, reason) of the others
     "Prepare all cases but the unlabelled ones into their cache. Cases without one are returned as they are."
     sequences = [s for s in (cases.images, cases.targets) if isinstance(s, OnDisk) and s.cache is not None]
-    names, args = [n for n, part in zip(cases.names, cases.split) if part != "unlabelled" and sequences], (sequences, {n: i for i, n in enumerate(cases.names)})
-    results, faults = in_processes("pcrl.layouts:_prepare", names, args, processes) if len(names) > FEW else ((i, None, _fault(n, *args)) for i, n in enumerate(names)), {}
+    names = [n for n, part in zip(cases.names, cases.split) if part != "unlabelled" and sequences]
+    faults, args = {}, (sequences, {n: i for i, n in enumerate(cases.names)})
+    if len(names) > FEW: results = in_processes("pcrl.layouts:_prepare", names, args, processes)
+    else: results = ((i, None, _fault(n, *args)) for i, n in enumerate(names))
     for done, (i, _, fault) in enumerate(results, 1):
         if fault: faults[names[i]] = fault
         if progress: progress(done, len(names))
     skipped = pd.DataFrame(sorted(faults.items()), columns=["case", "reason"])
-    return cases if not faults else replace(cases.take([i for i, n in enumerate(cases.names) if n not in faults]), unlabelled=None, unlabelled_valid=None), skipped
+    if not faults: return cases, skipped
+    readable = cases.take([i for i, n in enumerate(cases.names) if n not in faults])
+    return replace(readable, unlabelled=None, unlabelled_valid=None), skipped
 
 # %% ../nbs/02f_layouts.ipynb #27ac703d
 def _listed(root, dims, seed):
     "Sources (one, or a tuple of channels), patients, parts and names, without reading an image."
     layout = find_layout(root)
-    if layout.dims not in (0, dims): raise ValueError(f"{root} is {layout.name}, which is {layout.dims}D: give dims {layout.dims}")
+    _check_dims(root, layout, dims)
     if layout is LAYOUTS[0]:
         table = folder_table(root, dims, seed)
         return Path(root).resolve().name, list(zip(table.source, table.patient, table.split, table.image))
-    cases = luna16_cases(root) if layout.name == "LUNA16" else layout.open(Path(root), dims, None, None, None, seed, None)
-    if not isinstance(cases.images, OnDisk): raise ValueError(f"{root} is one file of {layout.name} and not a folder of images: pretrain on it in Python, with crop_loaders")
+    asked = SimpleNamespace(dims=dims, spacing=None, size=None, window=None, seed=seed, cache=None)
+    cases = luna16_cases(root) if layout.name == "LUNA16" else layout.open(Path(root), asked)
+    if not isinstance(cases.images, OnDisk):
+        raise ValueError(f"{root} is one file of {layout.name} and not a folder of images: pretrain on it in Python, with crop_loaders")
     return cases.name, list(zip(cases.images.items, cases.patients, cases.split, cases.names))
 
+# %% ../nbs/02f_layouts.ipynb #67c352fe
 def pretraining_sources(
     root,  # any of the layouts, or a plain folder of images
     dims: int,  # 2 or 3
@@ -123,7 +138,8 @@ def pretraining_sources(
 
     Raises ValueError, VolumeError or FileNotFoundError, one sentence, where the folder does not hold what it should."""
     if find_layout(root) is None:
-        if split is not None: raise ValueError(f"{root} is a plain folder, to which a split does not apply: give it images/ and labels.csv, see the page folders")
+        if split is not None:
+            raise ValueError(f"{root} is a plain folder, to which a split does not apply: give it images/ and labels.csv, see the page folders")
         return root, None
     name, rows = _listed(root, dims, seed)
     if split is not None:
@@ -132,7 +148,8 @@ def pretraining_sources(
         of = dict(zip(table.case, table.split))
         rows = [(source, patient, of[case], case) for source, patient, _, case in rows if case in of]
     wanted = {"unlabelled"} if any(part == "unlabelled" for _, _, part, _ in rows) else {"train", "valid"}
-    known = {path: dict(volume=case if path is source else f"{case} {k}", patient=str(patient), split="train") for source, patient, part, case in rows if part in wanted
-             for k, path in enumerate(source if isinstance(source, tuple) else (source,))}
+    contrasts = lambda source: source if isinstance(source, tuple) else (source,)
+    known = {path: dict(volume=case if path is source else f"{case} {k}", patient=str(patient), split="train")
+             for source, patient, part, case in rows if part in wanted for k, path in enumerate(contrasts(source))}
     if not known: raise ValueError(f"{root} has no images outside of its test part: pretraining has nothing to see")
     return list(known), known.get

@@ -67,8 +67,10 @@ def read_split(
     first, _, rows = path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n").partition("\n")
     try: facts = json.loads(first.removeprefix("# "))
     except ValueError: facts = {}
-    if not {"set", "sha256"} <= set(facts): raise ValueError(f"{path} is not a split: its first line has to name the set and the sum of its rows")
-    if _sum(rows) != facts["sha256"]: raise ValueError(f"{path} was changed after it was written: its rows have another sum than its first line says")
+    if not {"set", "sha256"} <= set(facts):
+        raise ValueError(f"{path} is not a split: its first line has to name the set and the sum of its rows")
+    if _sum(rows) != facts["sha256"]:
+        raise ValueError(f"{path} was changed after it was written: its rows have another sum than its first line says")
     return facts, pd.read_csv(StringIO(rows), dtype=str, keep_default_na=False)
 
 # %% ../nbs/01d_splits.ipynb #b9817bb3
@@ -82,7 +84,8 @@ def use_split(
     facts, table = read_split(path)
     if facts["set"] != cases.name: raise ValueError(f"{path} is a split of {facts['set']}: these cases are {cases.name}")
     of, place = dict(zip(table.case, table.split)), {name: i for i, name in enumerate(cases.names)}
-    if missing := [name for name in of if name not in place]: raise ValueError(f"{path} names {missing[0]}, which {cases.name} lacks ({len(missing)} such in all): get the whole set")
+    if missing := [name for name in of if name not in place]:
+        raise ValueError(f"{path} names {missing[0]}, which {cases.name} lacks ({len(missing)} such in all): get the whole set")
     some = cases.take([i for i, name in enumerate(cases.names) if name in of])
     return replace(some, split=[of[name] for name in some.names], unlabelled=None, unlabelled_valid=None,
                    note=f"{cases.note}{'; ' if cases.note else ''}split {facts['sha256'][:12]}, {facts['made']}")
