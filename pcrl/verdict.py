@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .contrast import effective_rank
 from .crops import CropPairs
-from .datasets import split_by_patient
+from .cases import split_by_patient
 from .diagnose import answers_figure, ask_every_transform, evaluating, obedience, paths_figure
 from .instruments import carried, gate_spread, held_out_contrast, loss_gradients, queue_facts
 from .pretrain import load_method
@@ -52,7 +52,7 @@ def held_out_crops(
         raise FileNotFoundError(f"the store {config['store']} of {run} is gone: name another with --store")
     images, rows = Store(store or config["store"]), None
     if store is None:
-        part = split_by_patient(images.manifest.patient.tolist(), (1 - config["valid"], config["valid"], 0.0), config["seed"])
+        part = split_by_patient(images.patients, (1 - config["valid"], config["valid"], 0.0), config["seed"])
         rows = np.flatnonzero(np.array(part) == "valid")
     order = np.random.default_rng(config["seed"]).permutation(len(images) if rows is None else rows)[:IMAGES]
     return pair_of_each([images[i] for i in order], config["loaders"], config["seed"])
