@@ -1,7 +1,7 @@
 """Kill runs of every kind with SIGKILL at random moments, continue each to its end, and compare it with one that was never stopped.
 
 python tools/kill_resume.py --kills 60    writes results/kill_resume.csv: dims, task, method, killed_at, equal"""
-import argparse, json, os, random, shutil, signal, sys, tempfile, time, traceback
+import argparse, json, os, random, shutil, signal, sys, tempfile, time, traceback, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,8 @@ class Arm:
         if self.task == "pretrain":
             crop = ["--crop", CROPS[self.dims], "--bs", 4, "--pairs-per-image", 2, "--epochs", 2, "--lr", 0.05, "--recipe", self.method.split("/")[1]]
             return ["pretrain", data / f"store-{self.dims}d", *shared, *crop]
-        return ["finetune", data / f"{self.task}-{self.dims}d", *shared, "--crop", CROPS[self.dims], "--epochs", 2, "--bs", 4, "--lr", 0.003]
+        bs = 16 if self.task == "segment" else 4  # crops, images
+        return ["finetune", data / f"{self.task}-{self.dims}d", *shared, "--crop", CROPS[self.dims], "--epochs", 2, "--bs", bs, "--lr", 0.003]
 
 
 ARMS = [Arm(dims, "pretrain", f"{method}/{recipe}") for dims in (2, 3) for method in METHODS for recipe in ("robust", "paper", "official")]
@@ -80,6 +81,7 @@ def fork(call: Callable, said: Path) -> int:
     try:
         sys.stdout = sys.stderr = open(said, "a", buffering=1)
         for descriptor in (1, 2): os.dup2(sys.stdout.fileno(), descriptor)
+        warnings.showwarning = lambda message, *_, **__: print(f"pcrl: {message}")  # not to whoever forked
         call()
         code = 0
     except SystemExit as e: code = e.code or 0
