@@ -2,7 +2,7 @@ PYTHON ?= python3
 min_python := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 in_venv := . .venv/bin/activate &&
 
-.PHONY: help setup demo results test test-slow export readme docs why ablations bench fuzz
+.PHONY: help setup demo results test test-slow kill-resume fuzz export readme docs why ablations bench
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -33,6 +33,9 @@ test: setup  ## run every notebook and every test
 test-slow: setup  ## run the long forms that make test leaves out
 	$(in_venv) nbdev-test --flags slow --n-workers 1 --timing
 	$(in_venv) python -m pytest -q -m slow
+
+kill-resume: setup  ## kill runs of every kind at random moments and continue them, table in results/kill_resume.csv; half an hour on a CPU
+	$(in_venv) OMP_NUM_THREADS=1 python tools/kill_resume.py
 
 export: setup  ## make pcrl/ and README.md from the notebooks, and clean these
 	$(in_venv) nbdev-export
