@@ -18,7 +18,10 @@ def until(ready):
     while not ready(): time.sleep(0.01)
 
 
-def lines(dst): return (dst / "building.jsonl").read_text().count("\n{") if (dst / "building.jsonl").exists() else -1
+def lines(dst):
+    "Rows in the journal; -1 where there is none."
+    try: return (dst / "building.jsonl").read_text().count("\n{")
+    except FileNotFoundError: return -1
 
 
 def children():
