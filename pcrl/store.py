@@ -148,7 +148,7 @@ def _prepare_source(source, folder, settings, done):
     array = prepare(volume, *(settings[k] for k in ("spacing", "size", "window", "dtype")))
     file = f"images/{sha[:32]}.npy"
     digest = _write(Path(folder) / file, lambda p: _save_array(array, p))
-    return dict(patient=getattr(volume, "patient", None), shape="x".join(map(str, array.shape)),
+    return dict(patient=volume.patient, shape="x".join(map(str, array.shape)),
                 spacing="x".join(f"{mm:g}" for mm in settings["spacing"] or volume.spacing or ()),
                 window="to".join(f"{end:g}" for end in settings["window"]) if settings["window"] else "percentiles",
                 dtype=settings["dtype"], sha256=sha, file=file, sum=digest)
@@ -173,7 +173,7 @@ def _find_sources(sources, dims, describe):
     if not sources: raise VolumeError(f"{root} has no {dims}D images, nor have its subfolders: give another folder, or other dims")
     names, labels = [os.path.relpath(str(s), root) for s in sources], _labels(root)
     describe = describe or (lambda source: labels.get(Path(os.path.relpath(str(source), root)).as_posix().removeprefix("images/"), {}))
-    return sources, [dict(volume=root.name if n == "." else n) | describe(s) for n, s in zip(names, sources)], getattr(sources, "skipped", [])
+    return sources, [dict(volume=root.name if n == "." else n) | describe(s) for n, s in zip(names, sources)], sources.skipped
 
 # %% ../nbs/01_store.ipynb #a1160712
 def _keyed(rows): return {(row["volume"], row["sha256"]): row for row in rows}

@@ -69,7 +69,7 @@ def test_a_build_skips_what_is_broken_and_says_so(scans, whole):
 def test_killed_again_and_again_it_goes_on_where_it_stopped(scans, whole, tmp_path, group):
     "SIGKILL, to everybody or to the parent alone, whose readers then finish what they have in hand."
     dst, kept = tmp_path / "store", {}
-    for rows in (-1, 0, 3, 11, 20):
+    for rows in (-1, 3, 15):
         build = subprocess.Popen(command(scans, dst), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         until(lambda: lines(dst) >= rows or build.poll() is not None)
         os.killpg(build.pid, signal.SIGKILL) if group else build.kill()
@@ -77,7 +77,7 @@ def test_killed_again_and_again_it_goes_on_where_it_stopped(scans, whole, tmp_pa
         with pytest.raises(FileNotFoundError): Store(dst)
         done = [json.loads(line) for line in (dst / "building.jsonl").read_text().splitlines()[:-1] if line] if lines(dst) > 0 else []
         for row in done: kept.setdefault(row["file"], (dst / row["file"]).stat().st_mtime_ns)
-    assert len(kept) >= 19
+    assert len(kept) >= 14
     assert subprocess.run(command(scans, dst), capture_output=True).returncode == 3
     assert {f: (dst / f).stat().st_mtime_ns for f in kept} == kept
     same(dst, whole)
@@ -104,7 +104,7 @@ def test_a_journal_cut_anywhere_costs_its_last_line(scans, whole, tmp_path):
     build_store(files, dst, **LUNG)
     manifest = (dst / "manifest.csv").read_bytes()
     row = json.dumps(Store(dst).manifest.iloc[0].to_dict())
-    for cut in (0, 1, len(row) // 2, len(row) - 1, len(row)):
+    for cut in (1, len(row) - 1, len(row)):
         (dst / "manifest.csv").unlink(missing_ok=True)
         (dst / "building.jsonl").write_text("\n" + row[:cut])
         build_store(files, dst, **LUNG)
