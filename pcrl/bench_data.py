@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 
 from .crops import CropLoader, CropPairs
+from .runs import write_whole
 from .sources import source_hash
 from .store import Store, build_store
 from .timing import conditions, time_in_turn
@@ -275,12 +276,15 @@ def _row(name, ours, peer, work):
 def data_suite(
     repeats: int,
     device: torch.device,  # not used: loading is the CPU's work
-    out: Path = Path("results"),  # folder for memory.csv
+    out: Path,  # folder for loader-memory.csv and loader-memory.png
 ):  # yields dicts: name, ours, peer, ratio, better, conditions
     "Crops and reading against MONAI and TorchIO, opening a large store, and memory; needs 13 GB of disk for as long as it runs."
     warnings.filterwarnings("ignore", category=FutureWarning)
     with tempfile.TemporaryDirectory() as folder:
         yield from open_rows(Path(folder), repeats)
         yield from read_rows(Path(folder), repeats)
-        yield from memory_rows(memory_table(Path(folder)))
+        table = memory_table(Path(folder))
+        write_whole(out / "loader-memory.csv", lambda p: table.to_csv(p, index=False))
+        write_whole(out / "loader-memory.png", lambda p: memory_figure(table).savefig(p, format="png"))
+        yield from memory_rows(table)
         yield from crops_rows(Path(folder), repeats)
