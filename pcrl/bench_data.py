@@ -279,7 +279,7 @@ def data_suite(
     out: Path,  # folder for loader-memory.csv and loader-memory.png
 ):  # yields dicts: name, ours, peer, ratio, better, conditions
     "Crops and reading against MONAI and TorchIO, opening a large store, and memory; needs 13 GB of disk for as long as it runs."
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", module="monai|torchio|torch")  # the peers' own
     with tempfile.TemporaryDirectory() as folder:
         yield from open_rows(Path(folder), repeats)
         yield from read_rows(Path(folder), repeats)
