@@ -187,7 +187,7 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Of the split; and, for the first repeat, of the labelled cases, the order and the starting weights.")] = 0,
 ):
     """Finetune to labels or masks, keep the best epoch, and measure on the test cases; three times by default, for the spread."""
-    from pcrl.datasets import folder_cases
+    from pcrl.folders import folder_cases
     from pcrl.repeats import finetune_repeats, spread
     crop = parse_crop(crop, dims)
     cases = folder_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed)
