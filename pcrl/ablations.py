@@ -9,7 +9,7 @@ __all__ = ['SMALL', 'SCALES', 'COLUMNS', 'arms', 'Trial', 'pretrain_arm', 'pretr
            'Results', 'table1', 'table2']
 
 # %% ../nbs/15_ablations.ipynb #2002c42f
-import shutil, subprocess, tempfile, time
+import subprocess, tempfile, time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,8 +85,7 @@ def pretrain_arm(
 ) -> float:  # seconds that its epochs took
     "Pretrain on the unlabelled pool."
     r = at_size(replace(recipe, bs=trial.bs, pairs_per_image=trial.pairs_per_image), trial.crop)
-    begun = (run / "resume" / "state.json").exists()
-    if run.exists() and not begun: shutil.rmtree(run)  # cut off in its first epoch
+    begun = (run / "config.json").exists()
     learn = recipe_learner(cases.unlabelled, cases.unlabelled_valid, r, seed, width=trial.width, run=run, data=f"{cases.name}: {cases.note}")
     epochs, start = epochs or trial.epochs, resume(learn) if begun else 0
     if start < epochs:

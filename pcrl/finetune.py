@@ -19,8 +19,11 @@ from torch import nn
 
 from .classify import classify_learner, classify_loaders, predict_probabilities
 from .datasets import Cases
-from .runs import read_config, write_whole
-from .segment import dice_per_class, predict_mask, segment_learner, segment_loaders
+from .masks import measure_masks, summarise_masks
+from .preparation import cases_preparation
+from .runs import read_config, resume as continue_run, write_whole
+from .segment import segment_learner, segment_loaders
+from .sliding import predict_mask
 from .statistics import auc_per_label, label_columns, label_figures, reliability_figure
 
 # %% ../nbs/13a_finetune.ipynb #0ae8959c
@@ -28,12 +31,11 @@ def evaluate_segmentation(
     model: nn.Module,  # images to logits, (B, 1 + classes, [D,] H, W)
     test: Cases,  # task "segment"
     window: Sequence[int],  # of `predict_mask`, ([D,] H, W)
-) -> tuple[dict[str, float], list[np.ndarray]]:  # metrics and masks
-    "Dice over the test cases: `dice`, and `dice NAME` for each class."
+    spacing: Sequence[float] | None = None,  # mm, of all cases; None: distances in voxels
+) -> tuple[pd.DataFrame, list[np.ndarray]]:  # the table of `measure_masks`, and the masks
+    "The masks of the test cases, and how good each is."
     masks = [predict_mask(model, image, window) for image in test.images]
-    dice = np.array([dice_per_class(mask, truth, len(test.classes)) for mask, truth in zip(masks, test.targets)])
-    by_class = {f"dice {name}": np.nanmean(column) for name, column in zip(test.classes, dice.T)}
-    return {"dice": np.nanmean(np.nanmean(dice, 1))} | by_class, masks
+    return measure_masks(masks, test.targets, test.classes, test.names, test.patients, spacing), masks
 
 # %% ../nbs/13a_finetune.ipynb #522b9382
 def evaluate_classification(
@@ -83,12 +85,15 @@ def _classification_files(test: Cases, probabilities: np.ndarray, run: Path) -> 
 
 def _measure(
     model: nn.Module, test: Cases, crop: Sequence[int],
-    run: str | Path,  # gets a `test.csv`, and in classification `predictions.csv`
+    run: str | Path,  # gets a `test.csv`, and `cases.csv` of segmentation, `predictions.csv` of classification
+    spacing: Sequence[float] | None,  # mm, of segmentation
 ) -> tuple[dict[str, float], list | np.ndarray]:
     "Test figures and predictions for the cases' task."
     if test.task == "segment":
-        metrics, predictions = evaluate_segmentation(model, test, crop)
-        table = pd.DataFrame(dict(metric=metrics.keys(), value=metrics.values()))
+        of_cases, predictions = evaluate_segmentation(model, test, crop, spacing)
+        write_whole(Path(run) / "cases.csv", lambda p: of_cases.to_csv(p, index=False))
+        table = summarise_masks(of_cases)
+        metrics = {metric: value for metric, value in zip(table.metric, table.value) if metric.startswith("dice")}
     else:
         metrics, predictions = evaluate_classification(model, test)
         table = _classification_files(test, predictions, Path(run))
@@ -136,16 +141,20 @@ def finetune(
     weighted: bool = False,  # classification: by `class_weights`
     backbone: str | None = None,  # 2D: of the `UNet`; None: the run's, or ResNet-18
     cbs: Sequence = (),  # further fastai callbacks
+    resume: bool = False,  # continue the run after its newest checkpoint, with the same arguments
+    every: int | None = None,  # steps between checkpoints; None: by the clock, see `checkpoint_due`
     bar: bool = True,  # fastai's progress bar and table
 ) -> tuple[dict[str, float], list | np.ndarray]:  # test metrics, and the masks or probabilities of the test cases
     """Finetune on the train part, keep the epoch that is best by the valid part, measure on the test part (also in `test.csv`).
 
-    Raises ValueError, FileNotFoundError or FileExistsError where the cases, `init` or `run` do not fit."""
+    Raises ValueError, FileNotFoundError or FileExistsError where the cases, `init` or `run` do not fit, RunStopped if a callback asked for it."""
     if not len(test := cases.part("test")):
         raise ValueError(f"{cases.name} has no test cases: mark some in its table, or give more patients")
     crop = tuple(crop or ((224, 224) if cases.dims == 2 else (32, 64, 64)))
     learn = _learner(cases, crop, bs, crops_per_epoch, loss, weighted, seed, init, width, backbone, lr=lr, run=run, schedule=schedule, patience=patience)
+    learn.run_folder.every, how = every, cases_preparation(cases)
+    learn.run_folder.settings["preparation"] = how
     with ExitStack() as quiet:
         if not bar: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
-        learn.fit(epochs, cbs=cbs)
-    return _measure(learn.model, test, crop, run)
+        learn.fit(epochs, cbs=cbs, start_epoch=continue_run(learn) if resume else 0)
+    return _measure(learn.model, test, crop, run, how and how["spacing"])

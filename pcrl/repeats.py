@@ -15,6 +15,7 @@ import numpy as np, pandas as pd
 
 from .ablations import COLUMNS, Results
 from .cases import Cases
+from .checkpoints import find_checkpoints
 from .finetune import finetune
 from .runs import read_config, write_whole
 from .splits import split_id, write_split
@@ -57,8 +58,10 @@ def repeats_report(
     return "\n\n".join(lines) + "\n"
 
 # %% ../nbs/18d_repeats.ipynb #e25730f7
-def _check_new(out: Path, runs: list[Path]):
-    "Refuse a folder in which something was finetuned before."
+def _check_new(out: Path, runs: list[Path], resume: bool):
+    "Refuse a folder in which something was finetuned before, or one in which there is nothing to go on with."
+    if resume and not any((p / "config.json").exists() for p in runs): raise FileNotFoundError(f"{out} has no run to continue: leave --resume out")
+    if resume: return
     if taken := [p for p in (*runs, out) if (p / "config.json").exists()] or [p for p in [out / "results.csv"] if p.exists()]:
         raise FileExistsError(f"{taken[0]} holds a run already: choose another folder")
 
@@ -77,20 +80,22 @@ def finetune_repeats(
     seed: int = 0,  # of the first repeat; the next has the next number
     labelled: int | float | None = None,  # train cases, or a share of them, drawn for each repeat anew; None: all
     init: str | Path | None = None,  # as in `finetune`
+    resume: bool = False,  # go on with what is in `out`: skip whole runs, continue the one that was stopped, make the others
     **settings,  # of `finetune`
 ) -> pd.DataFrame:  # columns `COLUMNS`, also in results.csv
     """Finetune and test with several seeds.
 
-    Raises what `finetune` raises, and FileExistsError if `out` holds a run already."""
+    Raises what `finetune` raises, FileExistsError if `out` holds a run already, and FileNotFoundError if there is none to continue."""
     out = Path(out)
     runs = {s: out if repeats == 1 else out / f"seed{s}" for s in range(seed, seed + repeats)}
-    _check_new(out, [*runs.values()])
+    _check_new(out, [*runs.values()], resume)
     results = Results(out / "results.csv")
     for s, run in runs.items():
         few = cases if labelled is None else cases.take_labelled(labelled, s)
         def make():
-            start = time.perf_counter()
-            metrics, _ = finetune(few, run, init, seed=s, **settings)
+            start, begun = time.perf_counter(), bool(find_checkpoints(run / "resume"))
+            if resume and not begun: (run / "config.json").unlink(missing_ok=True)  # stopped before its first checkpoint
+            metrics, _ = finetune(few, run, init, seed=s, resume=resume and begun, **settings)
             return metrics, time.perf_counter() - start
         results.add(make, data=cases.name, split=split_id(cases), ratio=round(few.split.count("train") / cases.split.count("train"), 4), seed=s, **_origin(init))
     split = write_split(cases, out / "split.csv", "as given")
