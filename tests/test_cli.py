@@ -111,6 +111,8 @@ def test_finetune_to_masks_from_a_run_and_from_scratch(run, slices, tmp_path):
         assert pd.read_csv(tmp_path / arm / "test.csv").value.between(0, 1).all()
     a, b = (json.loads((tmp_path / arm / "config.json").read_text()) for arm in ("scratch", "pcrl"))
     assert [k for k in a if a[k] != b[k]] == ["init"]
+    told = CliRunner().invoke(app, ["compare", str(tmp_path / "scratch"), str(tmp_path / "pcrl")]).stdout
+    assert "Dice" in told and "wilcoxon_p" in told and "Nothing is claimed from one run" in told
 
 
 @pytest.fixture(scope="module")
