@@ -56,7 +56,7 @@ def _learner(
     **settings,  # of `segment_learner` or `classify_learner`
 ) -> Learner:
     "Loaders and learner for the cases' task."
-    of_run = read_config(init) if init and Path(init).is_dir() else {}
+    of_run = read_config(init) if init not in (None, "scratch", "imagenet") and Path(init).is_dir() else {}
     width, net = width or of_run.get("width", 64), {k: of_run[k] for k in ("norm", "backbone") if k in of_run}
     if backbone: net["backbone"] = backbone
     data = f"{len(cases.part('train'))} labelled cases of {cases.name}: {cases.note}"
@@ -71,7 +71,7 @@ def _classification_files(test: Cases, probabilities: np.ndarray, run: Path) -> 
     "Keep the predictions of the test cases and their reliability curve; the figures with their intervals."
     labels = label_columns(test.targets, len(test.classes))
     named = lambda kind, columns: {f"{kind} {name}": column for name, column in zip(test.classes, columns.T)}
-    who = dict(case=getattr(test, "names", range(len(test))), patient=test.patients)
+    who = dict(case=test.names, patient=test.patients)
     table = pd.DataFrame(who | named("label", labels) | named("probability", probabilities))
     write_whole(run / "predictions.csv", lambda p: table.to_csv(p, index=False))
     figure = reliability_figure(labels, {"test": probabilities}, test.classes)
