@@ -45,7 +45,7 @@ def evaluate_classification(
     "AUC over the test cases: `auc`, and `auc NAME` for each label; nan for a label that all or no cases have."
     probabilities = predict_probabilities(model, test.images, exclusive=np.ndim(test.targets) == 1)
     auc = auc_per_label(test.targets, probabilities)
-    return {"auc": np.nanmean(auc)} | {f"auc {name}": a for name, a in zip(test.classes, auc)}, probabilities
+    return {"auc": pd.Series(auc).mean()} | {f"auc {name}": a for name, a in zip(test.classes, auc)}, probabilities
 
 # %% ../nbs/13a_finetune.ipynb #183089be
 def _learner(
@@ -79,7 +79,8 @@ def _classification_files(test: Cases, probabilities: np.ndarray, run: Path) -> 
     figures = label_figures(labels, probabilities, test.patients, test.classes)
     metric = lambda name: [name, *(f"{name} {label}" for label in test.classes)]
     column = lambda name: figures.get(name, pd.Series(np.nan, figures.index))
-    return pd.concat([pd.DataFrame(dict(metric=metric(title), value=figures[name], low=column(f"{name}_low"), high=column(f"{name}_high")))
+    note = lambda name: figures.note if name != "ece" else ""
+    return pd.concat([pd.DataFrame(dict(metric=metric(title), value=figures[name], low=column(f"{name}_low"), high=column(f"{name}_high"), note=note(name)))
                       for name, title in dict(auc="auc", sensitivity="sensitivity at 0.9 specificity", ece="ece").items()])
 
 
