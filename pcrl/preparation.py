@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from .cases import Cases
-from .files import OnDisk
+from .files import OnDisk, read_image
 from .store import prepare
 from .volumes import Volume, read_volume, resample
 
@@ -57,7 +57,7 @@ def cases_preparation(
     files: int = 32,  # so many are read, to see what they are like
 ) -> dict | None:  # `preparation`; None for cases that do not come from files
     "How a data set's images are prepared."
-    if not isinstance(cases.images, OnDisk): return None
+    if not isinstance(cases.images, OnDisk) or cases.images.read is not read_image: return None
     learned = [item for item, part in zip(cases.images.items, cases.split) if part != "test"]
     picked = [learned[i] for i in np.unique(np.linspace(0, len(learned) - 1, files).astype(int))]
     facts = [image_facts(read_volume(path)) for item in picked for path in (item if isinstance(item, tuple) else (item,))]
