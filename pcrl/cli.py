@@ -253,9 +253,9 @@ def predict(
 @app.command()
 @one_sentence
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="OUT folders of `pcrl finetune` to labels, tested on the same cases; the first is what the others are measured against.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="OUT folders of `pcrl finetune`, tested on the same cases; the first is what the others are measured against.")],
 ):
-    """Set finetunings to labels beside each other: means, spreads, and tests over patients and over seeds."""
+    """Set finetunings beside each other: means, spreads, and tests over patients and over seeds."""
     from pcrl.compare import claim, compare_arms, describe_arms, find_arms
     arms = find_arms(runs)
     if len(arms) < 2: raise ValueError("there is nothing to compare: name two or more folders of finetunings")
