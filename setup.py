@@ -13,6 +13,6 @@ setup(
     author=cfg["author"], license=cfg["license"], python_requires=f">={cfg['min_python']}",
     long_description=(here / "README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=find_packages(include=["pcrl", "pcrl.*"]), include_package_data=True,
-    install_requires=cfg["requirements"].split(), extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench")},
+    install_requires=cfg["requirements"].split(), extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "bench", "export")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"]},
 )

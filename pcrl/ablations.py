@@ -9,9 +9,10 @@ __all__ = ['SMALL', 'SCALES', 'COLUMNS', 'arms', 'Trial', 'pretrain_arm', 'pretr
            'Results', 'table1', 'table2']
 
 # %% ../nbs/15_ablations.ipynb #2002c42f
-import shutil, subprocess, tempfile, time
+import subprocess, tempfile, time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -24,6 +25,7 @@ from .pretrain import recipe_learner
 from .probes import centre_resized, encoder_features, pixel_features, probe_table
 from .recipes import Recipe, at_size, get_recipe
 from .runs import load_unet, resume, write_whole
+from .schedules import SCHEDULES
 from .unet import UNet
 
 # %% ../nbs/15_ablations.ipynb #c10d6b97
@@ -60,6 +62,7 @@ class Trial:
     lrs: tuple[float, ...]  # of finetuning
     tune_crop: tuple[int, ...] = ()  # of segmentation
     tune_crops: int = 0  # in an epoch, of segmentation
+    schedules: tuple[str, ...] = ("full", "frozen-then-full")  # of finetuning
     probed: int = 200  # images of each part, at most, for the tasks of Table 1
 
 
@@ -71,7 +74,7 @@ SMALL = dict(
     nih_cxr14_subset=Trial(_nih, (64, 64), 16, 32, 1, 14, (32, 64, 273), 40, 16, (3e-4, 1e-3)),
     hippocampus=Trial(_hippocampus, (16, 16, 16), 16, 16, 6, 50, (1, 2, 5), 24, 4, (1e-3, 3e-3), (32, 32, 32), 24),
     adrenalmnist3d=Trial(_adrenal, (16, 16, 16), 16, 16, 1, 27, (24, 119, 1188), 24, 16, (3e-4, 1e-3)))
-SCALES = dict(small=SMALL, smoke={data: replace(t, epochs=1, pairs_per_image=1, labelled=t.labelled[1:2], tune_epochs=1, lrs=t.lrs[:1], probed=16)
+SCALES = dict(small=SMALL, smoke={data: replace(t, epochs=1, pairs_per_image=1, labelled=t.labelled[1:2], tune_epochs=1, lrs=t.lrs[:1], schedules=t.schedules[:1], probed=16)
                                   for data, t in SMALL.items()})
 
 # %% ../nbs/15_ablations.ipynb #82d165bc
@@ -85,8 +88,7 @@ def pretrain_arm(
 ) -> float:  # seconds that its epochs took
     "Pretrain on the unlabelled pool."
     r = at_size(replace(recipe, bs=trial.bs, pairs_per_image=trial.pairs_per_image), trial.crop)
-    begun = (run / "resume" / "state.json").exists()
-    if run.exists() and not begun: shutil.rmtree(run)  # cut off in its first epoch
+    begun = (run / "config.json").exists()
     learn = recipe_learner(cases.unlabelled, cases.unlabelled_valid, r, seed, width=trial.width, run=run, data=f"{cases.name}: {cases.note}")
     epochs, start = epochs or trial.epochs, resume(learn) if begun else 0
     if start < epochs:
@@ -120,12 +122,13 @@ def finetune_arm(
     seed: int,
     draw: int,  # which labelled cases
     lr: float,
+    schedule: str = "full",  # one of `SCHEDULES`
 ) -> tuple[dict[str, float], float, float]:  # metrics on the test part, the best validation loss, seconds
     "Finetune on few labels, and test."
     few, start = cases.take_labelled(labelled, seed=draw), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         metrics, _ = finetune(few, run := Path(folder) / "run", init, trial.width, trial.tune_epochs, trial.tune_bs, lr, trial.tune_crop or None,
-                              trial.tune_crops or 64, "dice_ce", seed, bar=False)
+                              trial.tune_crops or 64, "dice_ce", seed, schedule, bar=False)
         return metrics, pd.read_csv(run / "log.csv").valid_loss.min(), time.perf_counter() - start
 
 # %% ../nbs/15_ablations.ipynb #cd77b779
@@ -199,16 +202,19 @@ def _ratio(cases: Cases, labelled: int) -> float: return round(labelled / cases.
 
 
 def _tune_arm(results, trial, cases, method, recipe, seed, init, first, draws):
-    "Finetune and test an arm with a seed, with all draws and numbers of labels; the learning rate is that of the `first` seed and run."
+    "Finetune and test an arm with a seed, with all draws and numbers of labels; learning rate and schedule are those of the `first` seed and run."
     key, middle, (seed0, run0) = dict(data=cases.name, method=method, recipe=recipe), trial.labelled[len(trial.labelled) // 2], first
     def choose():
-        tried = [finetune_arm(cases, trial, middle, run0, seed0, 0, lr) for lr in trial.lrs]
+        ways = [*product(trial.lrs, trial.schedules)]
+        tried = [finetune_arm(cases, trial, middle, run0, seed0, 0, *way) for way in ways]
         losses = [loss for _, loss, _ in tried]
-        return dict(lr=trial.lrs[int(np.argmin(losses))], valid_loss=min(losses)), sum(seconds for *_, seconds in tried)
-    lr = results.add(choose, split="valid", ratio=_ratio(cases, middle), seed=seed0, **key)["lr"]
+        lr, schedule = ways[int(np.argmin(losses))]
+        return dict(lr=lr, schedule=SCHEDULES.index(schedule), valid_loss=min(losses)), sum(seconds for *_, seconds in tried)
+    chosen = results.add(choose, split="valid", ratio=_ratio(cases, middle), seed=seed0, **key)
+    way = chosen["lr"], SCHEDULES[int(chosen.get("schedule", 0))]  # rows of before there was a choice have none
     for labelled in trial.labelled:
         for draw in draws if labelled < cases.split.count("train") else draws[:1]:  # all cases are one draw
-            tune = lambda: finetune_arm(cases, trial, labelled, init, seed, draw, lr)[::2]
+            tune = lambda: finetune_arm(cases, trial, labelled, init, seed, draw, *way)[::2]
             results.add(tune, split=str(draw), ratio=_ratio(cases, labelled), seed=seed, **key)
 
 

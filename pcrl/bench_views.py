@@ -132,7 +132,7 @@ def views_over_peer(
     Raises ValueError if what they hide differs by more than 0.06 of the voxels."""
     torch.manual_seed(0)
     crops = (255 * torch.rand(images, 2, 1, *shape, device=device)).to(torch.uint8)
-    model = PCRL(len(shape), width=4, queue_size=8).to(device)
+    model = PCRL(len(shape), "literal", width=4, queue_size=8).to(device)  # which paints and blurs with the peers' probabilities
     ours = lambda x: torch.cat([(v := model.views(x)).corrupt_o, v.corrupt_m])
     hidden = [hidden_fraction(run, shape, device=device) for run in (ours, lambda x: peer(x)[0])]
     if abs(hidden[0] - hidden[1]) > 0.06: raise ValueError(f"ours hides {hidden[0]:.3f} of the voxels, the peer {hidden[1]:.3f}: not the same work")

@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/crops.html.md"""
 
 # %% auto #0
 __all__ = ['SCALES', 'MIN_IOU', 'random_edges', 'box_iou', 'random_box', 'random_pair', 'resize_crop', 'is_air', 'CropPairs',
-           'CropLoader', 'set_epoch', 'crop_loaders']
+           'CropLoader', 'set_position', 'set_epoch', 'crop_loaders']
 
 # %% ../nbs/03_crops.ipynb #ad039c8c
 from collections.abc import Sequence
@@ -110,7 +110,7 @@ def is_air(
 class CropPairs:
     "Pairs of random crops: `pairs[epoch, index]` is (2, C, [D,] H, W) in the images' dtype, a pure function of seed, epoch and index."
     def __init__(self,
-        images: Sequence,  # a list of arrays (C, [D,] H, W), or a store; uint8, or float in [0, 1]
+        images: Sequence,  # a list of arrays (C, [D,] H, W), or a `Store`, which is asked for its `shapes` and not opened; uint8, or float in [0, 1]
         size: int|Sequence,  # of a crop, ([D,] H, W), in voxels; one number for all edges
         pairs_per_image: int = 1,  # pairs drawn from each image in an epoch; the authors' 3D code takes 16
         scales: Sequence|None = None,  # see `random_edges`; None: the authors' (`SCALES`)
@@ -122,13 +122,14 @@ class CropPairs:
         tries: int = 100,  # after so many rejected candidates the last one is taken
     ):
         if not len(images): raise ValueError("there are no images to crop: the list is empty")
-        dims = images[0].ndim - 1
+        shapes = images.shapes if hasattr(images, "shapes") else [x.shape for x in images]
+        dims = len(shapes[0]) - 1
         self.images, self.size = images, (size,) * dims if isinstance(size, int) else tuple(size)
         self.scales, self.min_iou = SCALES[dims] if scales is None else scales, MIN_IOU[dims] if min_iou is None else min_iou
         self.pairs_per_image, self.seed, self.tries = pairs_per_image, seed, tries
         self.air, self.max_air, self.margin = air, max_air, margin
         if air is not None and dims != 3: raise ValueError(f"air is rejected in 3D only, these images are {dims}D: leave air out")
-        for i, x in enumerate(images): _check_fits(i, x.shape, self.size)
+        for i, shape in enumerate(shapes): _check_fits(i, shape, self.size)
 
     def __len__(self): return len(self.images) * self.pairs_per_image
 
@@ -154,22 +155,41 @@ def __getitem__(self: CropPairs, key):
 
 # %% ../nbs/03_crops.ipynb #fc534b19
 class CropLoader(DataLoader):
-    "Batches `(crops,)` of `CropPairs`, crops (B, 2, C, [D,] H, W); which ones depends on the dataset's seed and on `self.epoch` alone."
-    epoch = 0
+    "Batches `(crops,)` of `CropPairs`, crops (B, 2, C, [D,] H, W); which ones depends on the dataset's seed and on `epoch` alone."
+    epoch, batch = 0, 0  # of which epoch, and from which of its batches on; `set_position` sets them
+    position = 0, 0  # epoch and batch that come next in the pass last begun
 
     def get_idxs(self):
         order = np.random.default_rng([self.dataset.seed, self.epoch]).permutation(self.n) if self.shuffle else range(self.n)
-        return [(self.epoch, int(i)) for i in order]
+        return [(self.epoch, int(i)) for i in order][self.batch * self.bs:]
 
     def create_item(self, key): return (self.dataset[key],)
 
+    def __iter__(self):
+        epoch, start = self.epoch, self.batch
+        for k, batch in enumerate(super().__iter__(), start + 1):
+            self.position = epoch, k
+            yield batch
+
 # %% ../nbs/03_crops.ipynb #fa4608cb
+def set_position(
+    dls: DataLoaders,  # from `crop_loaders`
+    epoch: int,  # counted from 0
+    batch: int = 0,  # of the epoch, counted from 0; those before it are not read
+):
+    """Make the training loader start at this batch of this epoch, until another position is set; validation stays the same.
+
+    Raises ValueError for a batch that the epoch does not have."""
+    if not 0 <= batch <= len(dls.train): raise ValueError(f"batch {batch} is not in an epoch of {len(dls.train)}: give 0 to {len(dls.train)}")
+    dls.train.epoch, dls.train.batch, dls.train.position = epoch, batch, (epoch, batch)
+
+
 def set_epoch(
     dls: DataLoaders,  # from `crop_loaders`
     epoch: int,  # counted from 0
 ):
-    "Make the training loader draw the crops of this epoch; validation stays the same."
-    dls.train.epoch = epoch
+    "Make the training loader draw the crops of this epoch, from its first batch on; validation stays the same."
+    set_position(dls, epoch)
 
 # %% ../nbs/03_crops.ipynb #b61da33d
 def crop_loaders(
@@ -189,3 +209,11 @@ def crop_loaders(
                                          f"fewer than a batch of {bs}: take a smaller bs or more pairs_per_image")
     return DataLoaders(CropLoader(train, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers),
                        CropLoader(valid, bs=bs, num_workers=num_workers), device=device or default_device())
+
+# %% ../nbs/03_crops.ipynb #11974696
+@patch
+def endless(self: CropLoader):  # yields batches
+    "Epoch after epoch from the position that is set; ends only when the caller stops asking."
+    while True:
+        yield from self
+        self.epoch, self.batch = self.epoch + 1, 0

@@ -9,7 +9,7 @@ __all__ = ['SHOWN', 'MethodStep', 'MethodLoss', 'queue_size_for', 'EpochCosine',
            'load_method', 'open_store', 'store_loaders']
 
 # %% ../nbs/10_pretrain.ipynb #2958f5a1
-import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,16 +21,17 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import ValueMetric
 from fastai.optimizer import OptimWrapper
-from safetensors.torch import load_file
 from torch import nn
 
+from .checkpoints import read_checkpoint
 from .crops import crop_loaders
 from .cases import split_by_patient
 from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
 from .store import Store, build_store
-from .runs import CosineDecay, EpochFigures, FiniteGuard, KeepBest, RunFolder, read_config
+from .guards import FiniteGuard
+from .runs import CosineDecay, EpochFigures, KeepBest, RunFolder, read_config
 from .unet import keep_freed_memory
 
 # %% ../nbs/10_pretrain.ipynb #8c2b1c61
@@ -166,16 +167,15 @@ def _tuples(value):
 def load_method(
     run: str | Path,  # a run folder of `pretrain_learner`
 ) -> nn.Module:  # on the CPU
-    """The whole network of a pretraining, momentum branch and queue included, as its last whole epoch left it.
+    """The whole network of a pretraining, momentum branch and queue included, as its newest checkpoint has it.
 
-    Raises FileNotFoundError if the folder is no run or has no whole epoch, ValueError if it is no pretraining run."""
-    config, state = read_config(run), Path(run) / "resume" / "state.json"
+    Raises FileNotFoundError if the folder is no run or has no checkpoint, ValueError if it is no pretraining run."""
+    config = read_config(run)
     if config.get("method") not in METHODS: raise ValueError(f"{run} is no pretraining run: give the folder that `pcrl pretrain` wrote")
-    if not state.exists(): raise FileNotFoundError(f"{run} has no whole epoch yet: wait for one")
     recipe = Recipe(**{k: _tuples(v) for k, v in config["recipe"].items()})
     net = {k: config[k] for k in ("norm", "backbone", "checkpoint") if k in config}
     model = METHODS[config["method"]](config["dims"], recipe, config["in_channels"], config["width"], net)
-    tensors = load_file(state.with_name(json.loads(state.read_text())["tensors"]))
+    _, tensors = read_checkpoint(Path(run) / "resume")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     return model
 
@@ -190,11 +190,14 @@ def open_store(
 ) -> Store:
     """`src` itself if it is a store, else the store made from it before, else a new one.
 
-    Raises ValueError or OSError if there is nothing to read, or the store is of other dimensions."""
+    Raises ValueError or OSError if there is nothing to read, or the store is of other dimensions or settings."""
     made = next((Store(p) for p in (src, store) if (Path(p) / "manifest.csv").exists()), None)
-    found = made or build_store(src, store, dims, spacing=spacing, size=size, window=window)
-    if found.dims != dims: raise ValueError(f"{found.path} is a {found.dims}D store: give dims {found.dims}")
-    return found
+    if made and made.dims != dims: raise ValueError(f"{made.path} is a {made.dims}D store: give dims {made.dims}")
+    wanted = dict(spacing=spacing and [*spacing], size=size, window=window and [*window])
+    if made and (made.path == Path(src) or wanted.items() <= (wanted | made.settings).items()): return made
+    built = build_store(src, store, dims, spacing, size, window)
+    if len(built.skipped): warnings.warn(f"{len(built.skipped)} files could not be read, they are listed in {built.path / 'skipped.csv'}")
+    return built
 
 
 def store_loaders(
@@ -208,8 +211,8 @@ def store_loaders(
     """Crop loaders of a store, split by patient.
 
     Raises ValueError if there are too few patients."""
-    part = split_by_patient(store.manifest.patient.tolist(), (1 - valid, valid, 0.0), seed)
-    train, valid = ([store[i] for i, p in enumerate(part) if p == name] for name in ("train", "valid"))
+    part = split_by_patient(store.patients, (1 - valid, valid, 0.0), seed)
+    train, valid = (store.part([i for i, p in enumerate(part) if p == name]) for name in ("train", "valid"))
     if not train or not valid:
-        raise ValueError(f"{store.path} has {store.manifest.patient.nunique()} patient(s): too few to keep some for validation")
+        raise ValueError(f"{store.path} has {len(set(store.patients))} patient(s): too few to keep some for validation")
     return crop_loaders(train, valid, size, bs, seed=seed, **kwargs)

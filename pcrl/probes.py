@@ -15,8 +15,8 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .classify import auc_per_label
 from .diagnose import evaluating
+from .statistics import auc_per_label
 from .transforms import to_unit
 
 # %% ../nbs/14_probes.ipynb #9810e02d

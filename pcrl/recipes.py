@@ -107,11 +107,11 @@ CHOICES = dict(transatt=("outer", "fc", "centred", "open", "none"), transforms=(
 
 @dataclass(frozen=True)
 class Recipe(_Corruption, _Input, _Training, _Contrast, _Reconstruction, _Network):
-    """All settings of a pretraining method, in 2D or in 3D. The defaults are the paper's in 3D.
+    """All settings of a pretraining method, in 2D or in 3D. The defaults are those of `literal` in 3D.
 
     Raises ValueError for a word that is none of a setting's choices, for paths that the recipe does not have,
     if no loss has a weight, and if images are to be turned as well as reconstructed."""
-    name: str = "paper"  # under which `get_recipe` finds it
+    name: str = "literal"  # under which `get_recipe` finds it
 
     def __post_init__(self):
         for setting, words in CHOICES.items():
@@ -137,14 +137,16 @@ _OFFICIAL = dict(
     beta=0.999, ema_statistics=False, shuffle_keys=True,
     contrast_weight=1.0, reconstruction_weight=1.0, weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
     p_flip=0.5, degrees=10.0)
+_LEFT_OPEN = {dims: dict(projector_norm=True, transforms="distinct", p_paint=0.5, p_inpaint=0.9, **crops)
+              for dims, crops in {2: _CROPS_2D | dict(crop_scales=(0.5, 1.0)), 3: dict(crop_scales=(1.5, 2.0))}.items()}
 _ROBUST = dict(
-    name="robust", transatt="open", skips=False, turn_clean=False, transforms="distinct",
-    contrasted="deepest", projector_norm=True, beta=0.9, queue_size=512,
-    lr=0.1, warmup=0.03, patience=None, keep="last", p_paint=0.5, p_inpaint=0.9)
+    name="robust", transatt="open", skips=False, turn_clean=False, contrasted="deepest", beta=0.9, queue_size=512,
+    lr=0.1, warmup=0.03, patience=None, keep="last")
 RECIPES = {
-    "paper": {2: Recipe(**_CROPS_2D), 3: Recipe()},
-    "robust": {2: Recipe(**_ROBUST, contrast_weight=0.3, reconstruction_weight=1.0, bs=32, crop=(224, 224), crop_scales=(0.5, 1.0), min_iou=MIN_IOU[2]),
-               3: Recipe(**_ROBUST, contrast_weight=0.03, reconstruction_weight=3.0, bs=16, crop_scales=(1.5, 2.0))},
+    "literal": {2: Recipe(**_CROPS_2D), 3: Recipe()},
+    "paper": {dims: Recipe(name="paper", transatt="centred", **left_open) for dims, left_open in _LEFT_OPEN.items()},
+    "robust": {2: Recipe(**_ROBUST, **_LEFT_OPEN[2], contrast_weight=0.3, reconstruction_weight=1.0, bs=32),
+               3: Recipe(**_ROBUST, **_LEFT_OPEN[3], contrast_weight=0.03, reconstruction_weight=3.0, bs=16)},
     "official": {
         2: Recipe(**_OFFICIAL, **_CROPS_2D, sigmoid_output=False, bs=64, input_channels=3, imagenet=True,
                   p_grey=0.2, jitter=0.4, p_paint=0.0, holes=3),

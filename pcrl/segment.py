@@ -18,9 +18,10 @@ from fastai.learner import Learner
 from fastai.torch_core import default_device
 from torch import Tensor, nn
 
-from .classify import LabelledLoader
+from .classify import LabelledLoader, load_init_
 from .datasets import Cases
-from .runs import finetune_learner, load_weights_, pretrained_parts
+from .runs import finetune_learner
+from .schedules import schedule_settings
 from .transforms import to_unit
 from .unet import UNet
 
@@ -121,28 +122,30 @@ LOSSES = dict(dice=dice_loss, dice_ce=dice_ce_loss)
 def segment_learner(
     dls: DataLoaders,  # from `segment_loaders`
     classes: list[str],  # names of the masks' values 1, 2, ...
-    init: str | Path | None = None,  # a pretraining run; None starts from scratch
+    init: str | Path | None = None,  # as in `load_init_`; None starts from scratch
     width: int = 64,  # channels of F^1; must be the run's
     net: dict | None = None,  # more settings of the `UNet`; must be the run's
     lr: float = 1e-4,  # the paper's, for a network of full width
     loss: str = "dice",  # a name in `LOSSES`; "dice" is the paper's
+    schedule: str = "full",  # a name in `SCHEDULES`
+    patience: int | None = None,  # epochs without a lower validation loss after which to stop; None never stops
     seed: int = 0,  # of the starting weights
     run: str | Path | None = None,  # folder to write to; None writes nothing
     data: str = "not stated",  # what is learned from, for the model card
 ) -> Learner:  # ready for `fit`
     """A Learner that finetunes the whole U-Net to masks.
 
-    Raises FileNotFoundError if `init` is not a run, ValueError if its network is another one or the loss has no such name."""
+    Raises FileNotFoundError if there is no `init`, ValueError if its network is another one or the loss has no such name."""
     if loss not in LOSSES: raise ValueError(f"there is no loss {loss!r}: choose one of {', '.join(LOSSES)}")
     _, channels, *size = dls.train.one_batch()[0].shape
     torch.manual_seed(seed)
     model = UNet(len(size), channels, width, out_channels=1 + len(classes), **(net or {}))
-    if init is not None: load_weights_(model, init, pretrained_parts(init))
+    load_init_(model, init, decoder=True)
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[len(size) - 2])
     settings = dict(title=f"segmentation of {', '.join(classes)}", task="segment", dims=len(size), in_channels=channels,
                     width=width, out_channels=1 + len(classes), classes=classes, size=size, init=str(init or "scratch"),
-                    data=data, seed=seed, batch_size=dls.train.bs, loss=loss, **(net or {}))
-    return finetune_learner(dls, model, LOSSES[loss], ("encoder", "decoder"), lr, run, settings)
+                    data=data, seed=seed, batch_size=dls.train.bs, loss=loss, schedule=schedule, **(net or {}))
+    return finetune_learner(dls, model, LOSSES[loss], ("encoder", "decoder"), lr, run, settings, patience, **schedule_settings(schedule))
 
 # %% ../nbs/13_segment.ipynb #0def2475
 def overlay_figure(

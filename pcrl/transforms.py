@@ -13,7 +13,7 @@ __all__ = ['to_unit', 'n_indicators', 'sample_transforms', 'apply_transforms', '
 import math
 from collections.abc import Iterator
 
-import torch
+import numpy as np, torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -85,13 +85,16 @@ def _turn(
     z_sign: Tensor | None,  # (B,), +1 or -1; None in 2D
     out: Tensor | None = None,  # where to write; None: a new tensor as `x`
 ) -> Tensor:  # `out`
-    "What `_gather` gives, by flips and transpositions of one sample after another."
-    signs = [*plane.sum(2).unbind(1)] + ([] if z_sign is None else [z_sign])
+    "What `_gather` gives, by copies of reversed and transposed views of one sample after another; without gradient."
+    signs = ([] if z_sign is None else [z_sign]) + [*plane.sum(2).unbind(1)]
     wanted = torch.stack([plane[:, 0, 0] == 0, *(s < 0 for s in signs)], 1)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    for image, place, (transposed, *flips) in zip(x, out, wanted.tolist()):
-        image = image.flip([axis for axis, on in zip((-2, -1, -3), flips) if on])
-        place.copy_(image.mT if transposed else image)
+    if out is None: out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x = x.to(out.dtype)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    images, places = (t.detach().view(bits).numpy() for t in (x, out))
+    for image, place, (transposed, *flips) in zip(images, places, wanted.tolist()):
+        image = image[..., *(slice(None, None, -1 if on else 1) for on in flips)]
+        np.copyto(place, image.swapaxes(-1, -2) if transposed else image)
     return out
 
 # %% ../nbs/04_transforms.ipynb #96650f6a
@@ -111,7 +114,7 @@ def _signed_permutation(x: Tensor, vec: Tensor, plane: Tensor, out: Tensor | Non
     "Apply the matrix in the plane, and flip z where the vector says so, in the way that suits the device."
     _check(x, vec)
     z_sign = 1 - 2 * vec[:, 2] if x.ndim == 5 else None
-    if x.device.type == "cpu": return _turn(x, plane, z_sign, out)
+    if x.device.type == "cpu" and not x.requires_grad: return _turn(x, plane, z_sign, out)
     turned = _gather(x, plane, z_sign)
     return turned if out is None else out.copy_(turned)
 

@@ -52,7 +52,7 @@ def held_out_crops(
         raise FileNotFoundError(f"the store {config['store']} of {run} is gone: name another with --store")
     images, rows = Store(store or config["store"]), None
     if store is None:
-        part = split_by_patient(images.manifest.patient.tolist(), (1 - config["valid"], config["valid"], 0.0), config["seed"])
+        part = split_by_patient(images.patients, (1 - config["valid"], config["valid"], 0.0), config["seed"])
         rows = np.flatnonzero(np.array(part) == "valid")
     order = np.random.default_rng(config["seed"]).permutation(len(images) if rows is None else rows)[:IMAGES]
     return pair_of_each([images[i] for i in order], config["loaders"], config["seed"])

@@ -26,8 +26,8 @@ from .verdict import IMAGES, SOUND, judge, measure, pair_of_each
 
 # %% ../nbs/18b_why.ipynb #8154e56f
 def _back(dims: int, *settings: str) -> dict:
-    "The paper's values of some settings."
-    return {name: getattr(RECIPES["paper"][dims], name) for name in settings}
+    "The paper's values of some settings, read literally."
+    return {name: getattr(RECIPES["literal"][dims], name) for name in settings}
 
 
 def _ladder(start: Recipe, robust: Recipe) -> dict[str, Recipe]:
@@ -42,20 +42,20 @@ def _ladder(start: Recipe, robust: Recipe) -> dict[str, Recipe]:
 def variants(
     dims: int,  # 2 or 3
 ) -> dict[str, Recipe]:  # by name
-    "The paper, the paper with single cures, `robust`, and `robust` with single settings as in the paper."
+    "The paper read literally and with single cures, `paper`, `robust`, and `robust` with single settings as in the paper."
     faster = dict(lr=0.1, warmup=0.03, patience=None, keep="last", queue_size=512)
-    paper, robust = (get_recipe(name, dims) for name in ("paper", "robust"))
-    left_open = dict(transatt="centred") | {k: getattr(robust, k) for k in ("p_paint", "p_inpaint", "crop_scales", "projector_norm", "transforms")}
-    cures = {"paper": replace(paper, patience=None, keep="last", queue_size=512), "paper, faster": replace(paper, **faster),
-             "paper, faster, what it leaves open": replace(paper, **faster, **left_open),
-             "paper, faster, crops not turned": replace(paper, **faster, turn_clean=False)}
+    literal, paper, robust = (get_recipe(name, dims) for name in ("literal", "paper", "robust"))
+    to_the_end = dict(patience=None, keep="last", queue_size=512)
+    cures = {"literal": replace(literal, **to_the_end), "literal, faster": replace(literal, **faster),
+             "literal, faster, crops not turned": replace(literal, **faster, turn_clean=False),
+             "paper": replace(paper, **to_the_end), "paper, faster": replace(paper, **faster)}
     backs = {"crops turned": ("turn_clean",), "literal TransAtt": ("transatt",), "skips": ("skips",), "all vectors": ("transforms",),
              "contrast after TransAtt": ("contrasted",), "plain projector": ("projector_norm",), "slow momentum, long queue": ("beta", "queue_size"),
              "equal weights": ("contrast_weight", "reconstruction_weight"), "harsh painting": ("p_paint", "p_inpaint"),
              "paper's crops": ("crop_scales",), "slow": ("lr", "warmup")}
     turned_back = {f"robust, {name}": replace(robust, **_back(dims, *settings)) for name, settings in backs.items()}
     weights = {f"robust, contrast weight {w}": replace(robust, contrast_weight=w) for w in (0.3, 0.1, 0.03, 0.01) if w != robust.contrast_weight}
-    return cures | _ladder(cures["paper, faster"], robust) | dict(robust=robust) | turned_back | weights | {"contrast alone": replace(robust, reconstruction_weight=0.0)}
+    return cures | _ladder(cures["literal, faster"], robust) | dict(robust=robust) | turned_back | weights | {"contrast alone": replace(robust, reconstruction_weight=0.0)}
 
 # %% ../nbs/18b_why.ipynb #4130e088
 @dataclass(frozen=True)

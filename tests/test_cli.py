@@ -123,6 +123,31 @@ def test_finetune_to_labels(slices, tmp_path):
     assert "labelled cases" in json.loads((tmp_path / "run" / "config.json").read_text())["data"]
 
 
+def test_export_to_onnx_and_to_a_hub(run, slices, tmp_path):
+    "The printed lines load the file in a process of their own, with the run's features; a hub's folder is finetuned like the run; nothing is replaced."
+    lines = pcrl("export", run, "--to", "onnx", "--out", tmp_path / "encoder.onnx")
+    compare = f"""
+import numpy as np, torch
+from pcrl.weights import load_encoder
+images = np.random.default_rng(0).random((3, 1, 64, 32), np.float32)
+{lines}
+with torch.no_grad(): ours = load_encoder({str(run)!r}).encoder.eval()(torch.from_numpy(images))
+for a, b in zip(maps, ours, strict=True): assert abs(a - b.numpy()).max() <= 1e-5 * b.abs().max()
+"""
+    subprocess.run([sys.executable, "-c", compare], check=True)
+    pcrl("export", run, "--to", "hub", "--out", tmp_path / "hub", "--license", "cc0-1.0")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "cc0-1.0" in card and "20 images of images" in card and "store's manifest" in card and str(run.parent) not in card
+    assert str(run.parent) not in (tmp_path / "hub" / "config.json").read_text()
+    pcrl("finetune", slices, "--out", tmp_path / "tuned", "--init", tmp_path / "hub", "--dims", 2, "--crop", "64x64", "--epochs", 1)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert "exists already" in complaint("export", run, "--to", "hub", "--out", tmp_path / "hub")
+    assert "exists already" in complaint("export", run, "--to", "onnx", "--out", tmp_path / "encoder.onnx")
+    assert "torchvision has no network" in complaint("export", run, "--to", "torchvision", "--out", tmp_path / "x.pth")
+    assert "choose one of torchvision" in complaint("export", run, "--to", "keras", "--out", tmp_path / "x.h5")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_bad_input_gets_one_sentence(run, slices, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "mine").mkdir()
