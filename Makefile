@@ -58,7 +58,7 @@ ablations: setup  ## make Tables 1 and 2 of the paper again, runs in ablations/,
 
 bench: setup  ## measure speed and memory beside floors and peers, tables and charts in results/
 	$(in_venv) python -m pip install -q -c constraints.txt -e '.[bench]'
-	$(in_venv) set -e; for suite in step flops views contrast memory data; do OMP_NUM_THREADS=1 pcrl bench --suite $$suite --out results; done
+	$(in_venv) set -e; for suite in step flops views contrast memory data infer; do OMP_NUM_THREADS=1 pcrl bench --suite $$suite --out results; done
 
 fuzz: setup  ## read thousands of damaged files of every format, table in results/fuzz.csv; reads PCRL_DATA too
 	$(in_venv) python tools/fuzz.py

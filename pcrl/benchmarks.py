@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd, torch
 
 from .bench_data import data_suite
+from .bench_infer import infer_suite
 from .bench_step import contrast_suite, flops_suite, memory_suite, step_suite
 from .bench_views import views_suite
 from .runs import write_whole
@@ -20,7 +21,7 @@ from .unet import keep_freed_memory
 
 # %% ../nbs/17c_benchmarks.ipynb #ac1af781
 SUITES = {"step": step_suite, "flops": flops_suite, "views": views_suite, "contrast": contrast_suite, "memory": memory_suite,
-          "data": data_suite}
+          "data": data_suite, "infer": infer_suite}
 
 # %% ../nbs/17c_benchmarks.ipynb #b2cc9515
 def bench_figure(

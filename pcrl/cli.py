@@ -281,7 +281,7 @@ def export(
 @app.command()
 @one_sentence
 def bench(
-    suite: Annotated[str, typer.Option(help="What to measure: `step`, `flops`, `views`, `contrast`, `memory` or `data`.")] = "step",
+    suite: Annotated[str, typer.Option(help="What to measure: `step`, `flops`, `views`, `contrast`, `memory`, `data` or `infer`.")] = "step",
     out: Annotated[Path, typer.Option(help="Folder for bench.csv and the chart.")] = Path("results"),
     repeats: Annotated[int, typer.Option(min=1, help="Times that each side is run; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
