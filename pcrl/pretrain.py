@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/pretrain.html.md"""
 
 # %% auto #0
 __all__ = ['SHOWN', 'MethodStep', 'MethodLoss', 'queue_size_for', 'EpochCosine', 'pretrain_learner', 'recipe_learner',
-           'load_method', 'open_store', 'store_loaders']
+           'load_method', 'open_store', 'pretraining_parts', 'store_loaders']
 
 # %% ../nbs/10_pretrain.ipynb #2958f5a1
 import warnings
@@ -204,6 +204,22 @@ def open_store(
     return built
 
 
+def pretraining_parts(
+    store: Store,
+    valid: float = 0.1,  # share of the patients kept for validation
+    seed: int = 0,
+) -> tuple[Store, Store]:  # to learn from, and to watch by
+    """A store's images dealt by patient; those that its manifest calls test are in neither part.
+
+    Raises ValueError if there are too few patients."""
+    seen = store.part(np.flatnonzero(store.manifest.split != "test"))
+    part = np.array(split_by_patient(seen.patients, (1 - valid, valid, 0.0), seed) if len(seen) else [])
+    train, watched = (seen.part(np.flatnonzero(part == name)) for name in ("train", "valid"))
+    if not train or not watched:
+        raise ValueError(f"{store.path} has {len(set(seen.patients))} patient(s) to learn from: too few to keep some for validation")
+    return train, watched
+
+
 def store_loaders(
     store: Store,
     size: Sequence[int],  # of a crop, ([D,] H, W)
@@ -212,11 +228,7 @@ def store_loaders(
     seed: int = 0,  # of the split and of the crops
     **kwargs,  # of `crop_loaders`
 ) -> DataLoaders:
-    """Crop loaders of a store, split by patient.
+    """Crop loaders of a store's `pretraining_parts`.
 
-    Raises ValueError if there are too few patients."""
-    part = split_by_patient(store.patients, (1 - valid, valid, 0.0), seed)
-    train, valid = (store.part([i for i, p in enumerate(part) if p == name]) for name in ("train", "valid"))
-    if not train or not valid:
-        raise ValueError(f"{store.path} has {len(set(store.patients))} patient(s): too few to keep some for validation")
-    return crop_loaders(train, valid, size, bs, seed=seed, **kwargs)
+    Raises ValueError as it does."""
+    return crop_loaders(*pretraining_parts(store, valid, seed), size, bs, seed=seed, **kwargs)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from .contrast import effective_rank
 from .crops import CropPairs
-from .cases import split_by_patient
 from .diagnose import answers_figure, ask_every_transform, evaluating, obedience, paths_figure
 from .instruments import carried, gate_spread, held_out_contrast, loss_gradients, queue_facts
-from .pretrain import load_method
+from .pretrain import load_method, pretraining_parts
 from .report import figure_html, paragraph, table_html, write_page
 from .runs import read_config, write_whole
 from .store import Store
@@ -50,11 +49,9 @@ def held_out_crops(
     if "loaders" not in config: raise ValueError(f"{run} does not say what it was trained on: `pcrl pretrain` writes that into config.json")
     if store is None and not (Path(config["store"]) / "manifest.csv").exists():
         raise FileNotFoundError(f"the store {config['store']} of {run} is gone: name another with --store")
-    images, rows = Store(store or config["store"]), None
-    if store is None:
-        part = split_by_patient(images.patients, (1 - config["valid"], config["valid"], 0.0), config["seed"])
-        rows = np.flatnonzero(np.array(part) == "valid")
-    order = np.random.default_rng(config["seed"]).permutation(len(images) if rows is None else rows)[:IMAGES]
+    images = Store(store or config["store"])
+    if store is None: images = pretraining_parts(images, config["valid"], config["seed"])[1]
+    order = np.random.default_rng(config["seed"]).permutation(len(images))[:IMAGES]
     return pair_of_each([images[i] for i in order], config["loaders"], config["seed"])
 
 # %% ../nbs/18a_verdict.ipynb #69dbe39c
