@@ -7,7 +7,7 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Split', 'Out', 'Epochs', 'Resume', 'Every', 'main',
            'one_sentence', 'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'split', 'finetune', 'predict',
-           'compare', 'export', 'bench', 'reproduce', 'progress', 'store']
+           'compare', 'export', 'bench', 'reproduce', 'progress', 'store', 'check']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import os, warnings
@@ -281,7 +281,7 @@ def export(
 @app.command()
 @one_sentence
 def bench(
-    suite: Annotated[str, typer.Option(help="What to measure: `step`, `flops`, `views`, `contrast` or `memory`.")] = "step",
+    suite: Annotated[str, typer.Option(help="What to measure: `step`, `flops`, `views`, `contrast`, `memory`, `data` or `infer`.")] = "step",
     out: Annotated[Path, typer.Option(help="Folder for bench.csv and the chart.")] = Path("results"),
     repeats: Annotated[int, typer.Option(min=1, help="Times that each side is run; the median counts.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch on a CPU.")] = 1,
@@ -358,3 +358,15 @@ def store(
     if len(made.skipped):
         typer.echo(f"Skipped: {len(made.skipped)} files, see {dst / 'skipped.csv'}")
         raise typer.Exit(3)
+
+# %% ../nbs/20_cli.ipynb #617147ad
+@app.command()
+@one_sentence
+def check(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, searched with all its subfolders.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; one for each core if left out.")] = None,
+):
+    """Read the headers of a folder of images: what it holds, and what looks wrong, before a store is built."""
+    from pcrl.check import check_images
+    with progress("Reading headers") as tell: found = check_images(src, workers, tell)
+    typer.echo(found)

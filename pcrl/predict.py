@@ -27,7 +27,7 @@ from .segment import overlay_figure
 from .sliding import Ensemble, FlipAverage, predict_mask
 from .transforms import to_unit
 from .unet import UNet
-from .volumes import Volume, VolumeError, find_images, percentile_window, read_volume, resample_like, write_volume
+from .volumes import DicomSeries, Volume, VolumeError, find_images, percentile_window, read_volume, resample_like, write_volume
 
 # %% ../nbs/13d_predict.ipynb #7981cedc
 @dataclass
@@ -106,10 +106,11 @@ def _stem_and_suffix(name: str, dims: int) -> tuple[str, str]:
 
 
 def _own_name(source, root: Path, several: bool) -> Path:
-    "A source's name below the folder of results; of one series of several in a folder with its number."
-    path = Path(getattr(source, "folder", source))
+    "A source's name below the folder of results; a series' of several in its folder has a number."
+    series = isinstance(source, DicomSeries)
+    path = source.folder if series else Path(source)
     below = path.relative_to(root) if path != root else Path(path.resolve().name)
-    if hasattr(source, "number"): below = below.with_name(f"{below.name}-series{source.number}")
+    if series: below = below.with_name(f"{below.name}-series{source.number}")
     return Path(root.resolve().name) / below if several and path != root else below
 
 
@@ -158,14 +159,14 @@ def mask_figure(
     mask: np.ndarray,  # of its shape
     window: Sequence[float] | None,  # intensities that are black and white; None: percentiles
 ):  # a matplotlib Figure
-    "The slice with most foreground, and the mask drawn over it."
-    image, shown = volume.array, mask
-    if image.ndim == 3:
+    "The slice with most foreground, and the mask drawn over it; of several channels the first."
+    image, shown = volume.array if volume.array.ndim == mask.ndim else volume.array[0], mask
+    if mask.ndim == 3:
         at = int((mask > 0).sum((1, 2)).argmax()) if mask.any() else len(mask) // 2
         image, shown = image[at], mask[at]
     grey = percentile_window(image) if window is None else np.clip(image, *window)
     number = np.searchsorted(np.unique(mask[mask > 0]), shown) + 1
-    return overlay_figure([_as_seen(grey, volume.array.ndim)[None]], dict(prediction=[_as_seen(np.where(shown > 0, number, 0), volume.array.ndim)]))
+    return overlay_figure([_as_seen(grey, mask.ndim)[None]], dict(prediction=[_as_seen(np.where(shown > 0, number, 0), mask.ndim)]))
 
 
 def labels_figure(
@@ -245,7 +246,8 @@ def predict(
 
 def _read_for(source, config: dict) -> Volume:
     "A source of the kind that the run takes, or a `VolumeError`."
-    volume, dims = read_volume(source), config["dims"]
-    if volume.array.ndim != dims or config["in_channels"] != 1:
-        raise VolumeError(f"{source} is an array {volume.array.shape}: the run takes {dims}D images of {config['in_channels']} channel(s)")
+    volume, wanted = read_volume(source), (config["dims"], config["in_channels"])
+    dims = 2 if volume.spacing is None else 3
+    if (dims, len(volume.array) if volume.array.ndim > dims else 1) != wanted:
+        raise VolumeError(f"{source} is {dims}D of shape {volume.array.shape}: the run takes {wanted[0]}D images of {wanted[1]} channel(s)")
     return volume

@@ -55,14 +55,15 @@ def prepare_again(
 def cases_preparation(
     cases: Cases,  # that a model learns from
     files: int = 32,  # so many are read, to see what they are like
-) -> dict | None:  # `preparation`; None for cases that do not come from files
+) -> dict | None:  # `preparation`; None for cases that are not whole files
     "How a data set's images are prepared."
-    if not isinstance(cases.images, OnDisk) or cases.images.read is not read_image: return None
+    if getattr(cases.images, "read", None) is not read_image: return None
     learned = [item for item, part in zip(cases.images.items, cases.split) if part != "test"]
     picked = [learned[i] for i in np.unique(np.linspace(0, len(learned) - 1, files).astype(int))]
     facts = [image_facts(read_volume(path)) for item in picked for path in (item if isinstance(item, tuple) else (item,))]
-    values = list(cases.targets.settings.get("values") or []) if isinstance(cases.targets, OnDisk) else None
-    return describe_preparation(facts, **cases.images.settings, mask_values=values or None)
+    values = (cases.targets.settings.get("values") or {}) if isinstance(cases.targets, OnDisk) else {}
+    given = {number: value for value, number in reversed(values.items())}  # of several values that are one class the first
+    return describe_preparation(facts, **cases.images.settings, mask_values=[given[k] for k in sorted(given) if k] or None)
 
 # %% ../nbs/01p_preparation.ipynb #02338677
 SLACK = 0.25  # of the spacing, and of the range of intensities, beyond what was seen

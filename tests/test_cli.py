@@ -1,5 +1,5 @@
 "The command on real files and folders, as a user types it: in a process of its own, but for refusals."
-import json, os, subprocess, sys
+import json, os, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd, pytest
@@ -7,6 +7,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from kill_resume import differences
+from pcrl.checkpoints import find_checkpoints
 from pcrl.cli import app
 from pcrl.datasets import brain_cases
 
@@ -82,25 +84,18 @@ def test_pretrain_does_not_overwrite_a_run(run, slices):
     assert (run / "encoder.safetensors").read_bytes() == before
 
 
-def test_pretrain_resumes_where_it_stopped(run, slices, tmp_path):
-    "Cut off after its first epoch, and continued: the same weights, queue and optimiser as the run that was never stopped."
+def test_pretrain_resumes_where_it_stopped(run, tmp_path):
+    "Killed once it has a checkpoint, and continued: the same log, weights, queue and optimiser as the run that was never stopped."
     out = tmp_path / "cut"
-    store = run.with_name("pretrained-store")
-    killer = f"""
-import sys
-from fastai.callback.core import Callback
-from pcrl import cli, pretrain
-class Stop(Callback):
-    def after_epoch(self): sys.exit(9)
-make = pretrain.pretrain_learner
-pretrain.pretrain_learner = lambda *args, **kwargs: make(*args, **kwargs).add_cb(Stop())
-sys.argv = ["pcrl", "pretrain", {str(store)!r}, "--out", {str(out)!r}, "--epochs", "2"] + {SMALL_2D!r}
-cli.app()
-"""
-    assert subprocess.run([sys.executable, "-c", killer], capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1")).returncode == 9
-    assert len(pd.read_csv(out / "log.csv")) == 1
-    pcrl("pretrain", store, "--out", out, "--epochs", 2, "--resume", *SMALL_2D)
-    assert (out / "resume" / "epoch-1.safetensors").read_bytes() == (run / "resume" / "epoch-1.safetensors").read_bytes()
+    command = ["pretrain", run.with_name("pretrained-store"), "--out", out, "--epochs", 2, *SMALL_2D]
+    killed = subprocess.Popen([Path(sys.executable).with_name("pcrl"), *map(str, command), "--checkpoint-every", "1"], stdout=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    while not find_checkpoints(out / "resume"):
+        assert killed.poll() is None
+        time.sleep(0.001)
+    killed.kill()
+    assert killed.wait() == -9 and not (out / "card.md").exists()
+    pcrl(*command, "--resume")
+    assert differences(run, out) == []
 
 
 def test_finetune_to_masks_from_a_run_and_from_scratch(run, slices, tmp_path):

@@ -1,7 +1,7 @@
 """Kill runs of every kind with SIGKILL at random moments, continue each to its end, and compare it with one that was never stopped.
 
 python tools/kill_resume.py --kills 60    writes results/kill_resume.csv: dims, task, method, killed_at, equal"""
-import argparse, json, os, random, shutil, signal, sys, tempfile, time, traceback
+import argparse, itertools, json, os, random, shutil, signal, sys, tempfile, time, traceback, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,8 @@ class Arm:
         if self.task == "pretrain":
             crop = ["--crop", CROPS[self.dims], "--bs", 4, "--pairs-per-image", 2, "--epochs", 2, "--lr", 0.05, "--recipe", self.method.split("/")[1]]
             return ["pretrain", data / f"store-{self.dims}d", *shared, *crop]
-        return ["finetune", data / f"{self.task}-{self.dims}d", *shared, "--crop", CROPS[self.dims], "--epochs", 2, "--bs", 4, "--lr", 0.003]
+        bs = 16 if self.task == "segment" else 4  # crops, images
+        return ["finetune", data / f"{self.task}-{self.dims}d", *shared, "--crop", CROPS[self.dims], "--epochs", 2, "--bs", bs, "--lr", 0.003]
 
 
 ARMS = [Arm(dims, "pretrain", f"{method}/{recipe}") for dims in (2, 3) for method in METHODS for recipe in ("robust", "paper", "official")]
@@ -80,6 +81,7 @@ def fork(call: Callable, said: Path) -> int:
     try:
         sys.stdout = sys.stderr = open(said, "a", buffering=1)
         for descriptor in (1, 2): os.dup2(sys.stdout.fileno(), descriptor)
+        warnings.showwarning = lambda message, *_, **__: print(f"pcrl: {message}")  # not to whoever forked
         call()
         code = 0
     except SystemExit as e: code = e.code or 0
@@ -155,18 +157,19 @@ def killed_run(arm: Arm, data: Path, whole: Path, seconds: float, rng: random.Ra
 
 
 def main(kills: int, out: Path, seed: int = 0):
-    "Two kills a run, spread over all arms."
+    "Two kills a run, one run of each arm after the other, until there are enough; the table is written as it grows."
     torch.set_num_threads(1)
     rng, rows = random.Random(seed), []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_data(data := folder / "data")
-        for arm in ARMS:
-            whole, seconds = whole_run(arm, data, folder)
-            while sum((row["dims"], row["task"], row["method"]) == (arm.dims, arm.task, arm.method) for row in rows) < kills / len(ARMS):
-                rows += killed_run(arm, data, whole, seconds, rng, kills=2)
-                print(json.dumps(rows[-2:]), flush=True)
-    pd.DataFrame(rows).to_csv(out, index=False)
+        wholes = {}
+        for arm in itertools.cycle(ARMS):
+            if len(rows) >= kills: break
+            if arm not in wholes: wholes[arm] = whole_run(arm, data, folder)
+            rows += killed_run(arm, data, *wholes[arm], rng, kills=2)
+            print(json.dumps(rows[-2:]), flush=True)
+            pd.DataFrame(rows).to_csv(out, index=False)
     print(f"{len(rows)} kills, {sum('writing' in row['killed_at'] for row in rows)} of them in the middle of a write, {sum(row['equal'] for row in rows)} continued to equal bits")
 
 
@@ -174,5 +177,6 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--kills", type=int, default=60)
     options.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "results" / "kill_resume.csv")
+    options.add_argument("--seed", type=int, default=0, help="of the moments")
     chosen = options.parse_args()
-    main(chosen.kills, chosen.out)
+    main(chosen.kills, chosen.out, chosen.seed)
