@@ -87,7 +87,9 @@ def find_arms(
 
 def _check_same_cases(first: Path, a: Tested, run: Path, b: Tested):
     "Refuse to compare runs that were asked other questions."
-    if a.names != b.names: raise ValueError(f"{run} tells {', '.join(b.names[1:])}, but {first} tells {', '.join(a.names[1:])}: compare runs with the same labels")
+    if a.names != b.names:
+        one, other = (", ".join(tested.names[1:]) for tested in (a, b))
+        raise ValueError(f"{run} tells {other}, but {first} tells {one}: compare runs with the same labels")
     if not a.cases.equals(b.cases) or not np.array_equal(a.truth, b.truth, equal_nan=True):
         raise ValueError(f"{run} was tested on other cases than {first}: compare runs on the same split")
 
@@ -110,7 +112,8 @@ def describe_arms(
     rows = []
     for name, arm in arms.items():
         values, (low, high), one = _values(arm), interval(_drawn(arm, draws)), next(iter(arm.values()))
-        rows.append(pd.DataFrame({"arm": name, "label": one.names, "repeats": len(arm), one.metric: values.mean(), "sd": values.std(), "low": low, "high": high}))
+        spoken = {one.metric: values.mean(), "sd": values.std(), "low": low, "high": high}
+        rows.append(pd.DataFrame({"arm": name, "label": one.names, "repeats": len(arm)} | spoken))
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/18e_compare.ipynb #95aeb7ab
@@ -153,9 +156,10 @@ def claim(
     base: str,  # name of the first arm
 ) -> str:  # a sentence
     "What the difference in the mean figure allows to say."
-    said = f"{row.arm} minus {base}: {row.difference:+.3f} {row.metric}, 95 % interval over patients {row.patients_low:+.3f} to {row.patients_high:+.3f} (p = {row.patients_p:.3f})"
+    over = lambda kind: f"over {kind} {row[f'{kind}_low']:+.3f} to {row[f'{kind}_high']:+.3f} (p = {row[f'{kind}_p']:.3f}"
+    said = f"{row.arm} minus {base}: {row.difference:+.3f} {row.metric}, 95 % interval {over('patients')})"
     if row.repeats < 2: return f"{said}. Nothing is claimed from one run: finetune each arm with --repeats 3 or more."
     if np.isnan(row.seeds_p): return f"{said}. Nothing is claimed, for the arms do not have the same seeds."
-    said += f", over seeds {row.seeds_low:+.3f} to {row.seeds_high:+.3f} (p = {row.seeds_p:.3f}, {row.repeats} pairs)"
+    said += f", {over('seeds')}, {row.repeats} pairs)"
     shown = row.patients_low * row.patients_high > 0 and row.seeds_low * row.seeds_high > 0 and row.patients_low * row.seeds_low > 0
     return f"{said}: {'no difference is shown' if not shown else f'{row.arm} is ' + ('better' if row.difference > 0 else 'worse')} at this size."

@@ -37,6 +37,20 @@ def _markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
+def _facts(
+    cases: Cases, results: pd.DataFrame, run: Path, split: str,
+) -> dict[str, str]:
+    "What the figures were made of."
+    config, first = read_config(run), results.iloc[0]
+    parts = ", ".join(f"{cases.split.count(part)} {part}" for part in ("train", "valid", "test"))
+    shown = ("init", "schedule", "width", "epochs", "batch_size", "lr")
+    return {"data": f"{cases.name}: {cases.note}", "cases": f"{parts}; {config['data'].split(' of ')[0]} used",
+            "split": f"{split}, in split.csv", "commit": first.commit,
+            "versions": ", ".join(f"{k} {v}" for k, v in config["versions"].items()),
+            "settings": ", ".join(f"{k} {config[k]}" for k in shown),
+            "seconds": f"{results.groupby('seed').seconds.first().sum():.0f}"}
+
+
 def repeats_report(
     cases: Cases,  # all of them, before some train cases were chosen
     results: pd.DataFrame,  # columns `COLUMNS`, of these repeats
@@ -44,17 +58,14 @@ def repeats_report(
     split: str,  # id of split.csv
 ) -> str:  # Markdown
     "What was measured, on what, and with what."
-    config, first = read_config(runs[0]), results.iloc[0]
-    count = lambda part: f"{cases.split.count(part)} {part}"
-    facts = {"data": f"{cases.name}: {cases.note}", "cases": f"{', '.join(map(count, ('train', 'valid', 'test')))}; {config['data'].split(' of ')[0]} used",
-             "split": f"{split}, in split.csv", "commit": first.commit, "versions": ", ".join(f"{k} {v}" for k, v in config["versions"].items()),
-             "settings": ", ".join(f"{k} {config[k]}" for k in ("init", "schedule", "width", "epochs", "batch_size", "lr")), "seconds": f"{results.groupby('seed').seconds.first().sum():.0f}"}
     spoken = f"{len(runs)} repeats with seeds {', '.join(map(str, results.seed.unique()))}; sd is the standard deviation over them."
     if len(runs) == 1: spoken = "One run: it shows nothing about the spread over seeds, and no claim should rest on it."
-    tests = [pd.read_csv(run / "test.csv").assign(run=run.name) for run in runs]
-    intervals = [t for t in tests if "low" in t]
-    lines = [f"# {config['title']}, from {first.method}", "Research use only; not for diagnosis.", _markdown(pd.DataFrame(facts.items(), columns=["what", "value"])), "## Test", spoken, _markdown(spread(results))]
-    if intervals: lines += ["Of each run with its 95 % interval over patients:", _markdown(pd.concat(intervals)[[c for c in ("run", "metric", "value", "low", "high", "note") if c in intervals[0]]].fillna({"note": ""}))]
+    facts = pd.DataFrame(_facts(cases, results, runs[0], split).items(), columns=["what", "value"])
+    tests = pd.concat([pd.read_csv(run / "test.csv").assign(run=run.name) for run in runs])
+    columns = [c for c in ("run", "metric", "value", "low", "high", "note") if c in tests]
+    lines = [f"# {read_config(runs[0])['title']}, from {results.method.iloc[0]}", "Research use only; not for diagnosis.", _markdown(facts),
+             "## Test", spoken, _markdown(spread(results)), "Of each run with its 95 % interval over patients:",
+             _markdown(tests[columns].fillna({"note": ""}))]
     return "\n\n".join(lines) + "\n"
 
 # %% ../nbs/18d_repeats.ipynb #e25730f7
@@ -97,7 +108,8 @@ def finetune_repeats(
             if resume and not begun: (run / "config.json").unlink(missing_ok=True)  # stopped before its first checkpoint
             metrics, _ = finetune(few, run, init, seed=s, resume=resume and begun, **settings)
             return metrics, time.perf_counter() - start
-        results.add(make, data=cases.name, split=split_id(cases), ratio=round(few.split.count("train") / cases.split.count("train"), 4), seed=s, **_origin(init))
+        ratio = round(few.split.count("train") / cases.split.count("train"), 4)
+        results.add(make, data=cases.name, split=split_id(cases), ratio=ratio, seed=s, **_origin(init))
     split = write_split(cases, out / "split.csv", "as given")
     report = repeats_report(cases, results.table, [*runs.values()], split)
     write_whole(out / "report.md", lambda p: p.write_text(report, encoding="utf-8"))

@@ -14,7 +14,7 @@ from .runs import CosineDecay
 
 # %% ../nbs/09d_schedules.ipynb #80759d23
 class FreezeFirst(CosineDecay):
-    "Leave the encoder as it is, statistics of its BatchNorms included, over the first part of the run; then train everything. Either part has its own warm-up and cosine."
+    "Leave the encoder, BatchNorm's statistics included, as it is over the first part of the run; then train all. Each part has its own warm-up and cosine."
     def __init__(self,
         frozen: float = 1.0,  # that part, as a share of the run; 1 never thaws
         warmup: float = 0.1,  # share of either part over which the rate rises from 0
