@@ -2,7 +2,7 @@ PYTHON ?= python3
 min_python := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 in_venv := . .venv/bin/activate &&
 
-.PHONY: help setup demo results test test-slow export readme docs why ablations bench
+.PHONY: help setup demo results test test-slow kill-resume fuzz export readme docs why ablations bench
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -34,6 +34,9 @@ test-slow: setup  ## run the long forms that make test leaves out
 	$(in_venv) nbdev-test --flags slow --n-workers 1 --timing
 	$(in_venv) python -m pytest -q -m slow
 
+kill-resume: setup  ## kill runs of every kind at random moments and continue them, table in results/kill_resume.csv; half an hour on a CPU
+	$(in_venv) OMP_NUM_THREADS=1 python tools/kill_resume.py
+
 export: setup  ## make pcrl/ and README.md from the notebooks, and clean these
 	$(in_venv) nbdev-export
 	$(in_venv) nbdev-clean
@@ -55,4 +58,7 @@ ablations: setup  ## make Tables 1 and 2 of the paper again, runs in ablations/,
 
 bench: setup  ## measure speed and memory beside floors and peers, tables and charts in results/
 	$(in_venv) python -m pip install -q -c constraints.txt -e '.[bench]'
-	$(in_venv) set -e; for suite in step flops views contrast memory infer; do OMP_NUM_THREADS=1 pcrl bench --suite $$suite --out results; done
+	$(in_venv) set -e; for suite in step flops views contrast memory data infer; do OMP_NUM_THREADS=1 pcrl bench --suite $$suite --out results; done
+
+fuzz: setup  ## read thousands of damaged files of every format, table in results/fuzz.csv; reads PCRL_DATA too
+	$(in_venv) python tools/fuzz.py

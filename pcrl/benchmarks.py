@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd, torch
 
+from .bench_data import data_suite
 from .bench_infer import infer_suite
 from .bench_step import contrast_suite, flops_suite, memory_suite, step_suite
 from .bench_views import views_suite
@@ -20,7 +21,7 @@ from .unet import keep_freed_memory
 
 # %% ../nbs/17c_benchmarks.ipynb #ac1af781
 SUITES = {"step": step_suite, "flops": flops_suite, "views": views_suite, "contrast": contrast_suite, "memory": memory_suite,
-          "infer": infer_suite}
+          "data": data_suite, "infer": infer_suite}
 
 # %% ../nbs/17c_benchmarks.ipynb #b2cc9515
 def bench_figure(
@@ -53,7 +54,8 @@ def bench(
     device, out = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(out)
     if device.type == "cpu": keep_freed_memory()  # as in training; peers gain by it too
     columns = ["suite", "name", "ours", "peer", "ratio", "better", "conditions"]
-    table = pd.DataFrame([dict(suite=suite, **row) for row in SUITES[suite](repeats, device)])[columns]
+    curves = dict(out=out) if suite == "data" else {}  # beside its rows, this one draws memory over time
+    table = pd.DataFrame([dict(suite=suite, **row) for row in SUITES[suite](repeats, device, **curves)])[columns]
     path = out / "bench.csv"
     others = pd.read_csv(path).query("suite != @suite") if path.exists() else None
     write_whole(path, lambda p: (table if others is None else pd.concat([others, table])).to_csv(p, index=False))

@@ -24,7 +24,7 @@ class Cases:
     dims: int  # 2 or 3
     task: str  # "segment", "classify", or "pretrain" where there are no targets
     images: Sequence  # arrays (C, [D,] H, W), uint8: a list, or read when asked for
-    targets: Sequence  # "segment": masks ([D,] H, W), uint8, 0 is background; "classify": an array, float32 (N, labels) of 0, 1 and nan for unknown, or int64 (N,), one class each
+    targets: Sequence  # "segment": masks ([D,] H, W), uint8, 0 is background; "classify": one array, see below
     classes: list  # names: of the masks' values 1, 2, ..., of the labels, or of the classes 0, 1, ...
     patients: list  # one id per image
     split: list  # "train", "valid", "test", or "unlabelled" for what only pretraining may see; one per image
@@ -37,7 +37,8 @@ class Cases:
         if self.names is None: self.names = [str(i) for i in range(len(self.images))]
         lengths = {k: len(getattr(self, k)) for k in _PER_CASE}
         if len(set(lengths.values())) > 1: raise ValueError(f"{self.name}: images, targets, patients and split differ in length: {lengths}")
-        if len(set(self.names)) < len(self): raise ValueError(f"{self.name}: two cases have the same name, {pd.Series(self.names)[pd.Series(self.names).duplicated()].iloc[0]}")
+        twice = pd.Series(self.names, dtype=object).duplicated()
+        if twice.any(): raise ValueError(f"{self.name}: two cases have the same name, {self.names[int(twice.argmax())]}")
         if self.unlabelled is None: self.unlabelled = self._images_of("unlabelled" if "unlabelled" in self.split else "train")
         if self.unlabelled_valid is None: self.unlabelled_valid = self._images_of("valid")
 
@@ -45,6 +46,7 @@ class Cases:
 
     def __len__(self): return len(self.images)
 
+# %% ../nbs/01c_cases.ipynb #68997b99
 _PER_CASE = ("images", "targets", "patients", "split", "names")
 
 def _pick(values, indices):
@@ -113,6 +115,7 @@ def _rarest_label(of, labels):
     has = np.stack([np.bincount(of, weights=column) > 0 for column in labels.T[np.argsort(np.sum(labels, 0))]], 1)
     return np.where(has.any(1), has.argmax(1), has.shape[1])
 
+# %% ../nbs/01c_cases.ipynb #b2c545b6
 def _share_of_patients(cases, train, share, seed):
     "The train cases of as many patients as come nearest to the share of cases."
     of = np.unique([cases.patients[i] for i in train], return_inverse=True)[1]
@@ -126,11 +129,12 @@ def take_labelled(self: Cases,
     n: int|float,  # train cases to keep: a number, or, if a float, a share of them
     seed: int = 0,
 ) -> Cases:
-    """Keep few train cases: a number of them, patient after patient and with a positive of every label where there is one; or a share, of whole patients, stratified by label.
+    """Keep few train cases: a number of them, with a positive of every label where there is one; or a share, of whole patients.
 
     Raises ValueError if there are not so many."""
     train = [i for i, s in enumerate(self.split) if s == "train"]
-    if not 0 < n <= (1 if isinstance(n, float) else len(train)): raise ValueError(f"{self.name} has {len(train)} train cases: {n} cannot be taken")
+    if not 0 < n <= (1 if isinstance(n, float) else len(train)):
+        raise ValueError(f"{self.name} has {len(train)} train cases: {n} cannot be taken")
     kept = (_share_of_patients if isinstance(n, float) else _first_cases)(self, train, n, seed)
     return self.take(sorted(kept) + [i for i, s in enumerate(self.split) if s != "train"])
 
@@ -153,7 +157,6 @@ def split_by_patient(
         part[p] = np.argmax(np.multiply(fractions, given.sum() + sizes[p]) - given)
         given[part[p]] += sizes[p]
     return np.array(["train", "valid", "test"])[part[of]].tolist()
-
 
 # %% ../nbs/01c_cases.ipynb #38e1ae68
 def crossing_patients(

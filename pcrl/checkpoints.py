@@ -234,7 +234,7 @@ def write_results(self: Checkpoints):
 @patch
 def _write(self: Checkpoints, epoch: int, batch: int, random: tuple[dict, dict[str, Tensor]]):
     numbers, tensors = _callback_state(self.learn)
-    record = dict(steps_per_epoch=len(self.dls.train), callbacks=numbers, random=random[0])
+    record = dict(steps_per_epoch=len(self.dls.train), lr=[h["lr"] for h in self.opt.hypers], callbacks=numbers, random=random[0])
     path = _write_checkpoint(self.folder, epoch, batch, record, _model_tensors(self.learn) | tensors | random[1], self._write_best())
     files = {name for name, _ in read_record(path, SCHEMA)["files"].values()} | {path.name}
     self.kept = {path.name: files} | {name: kept for name, kept in list(self.kept.items())[:1] if name != path.name}
@@ -265,6 +265,7 @@ class Resumed(Callback):
         if not self.waiting: return
         self.skipped = self.record["batch"]
         set_position(self.dls, self.epoch, self.skipped)
+        self.opt.set_hyper("lr", self.record["lr"])  # for the log, if no step of this epoch is left
         _load_callbacks(self.learn, self.record["callbacks"], self.tensors)
         self._set_random()
 

@@ -8,14 +8,14 @@ Docs: https://pcrl-team.github.io/pcrl/export.html.md"""
 __all__ = ['Exported', 'hub_card', 'export_encoder']
 
 # %% ../nbs/09f_export.ipynb #17090604
-import contextlib, hashlib, io, json, os, shutil, tempfile
+import contextlib, io, json, os, shutil
 from pathlib import Path
 
 import pandas as pd, torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .runs import model_card, read_config, write_whole
+from .records import file_hash, write_tensors, write_whole
+from .runs import model_card, read_config
 from .unet import RESNETS
 from .weights import encoder_settings, load_encoder, match_names
 
@@ -108,10 +108,6 @@ def _save_onnx(
     program.save(file)
 
 # %% ../nbs/09f_export.ipynb #3c636b01
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _without_folders(v):
     "Settings in which absolute paths are cut to their names."
     if isinstance(v, dict): return {k: _without_folders(x) for k, x in v.items()}
@@ -127,11 +123,12 @@ def hub_card(
     "The card of a published encoder: what it is, how to load it, from what data and how it was made, on what terms, and the hashes of all of it."
     config = json.loads((folder / "config.json").read_text())
     front = dict(license=licence or "other", **({} if licence else dict(license_name="not-stated")), library_name="pcrl", pipeline_tag="image-feature-extraction",
-                 tags=["medical-imaging", "self-supervised", "pcrl", f"{config['dims']}d"])
+                 tags=["medical-imaging", "pcrl", f"{config['dims']}d"])
     terms = licence or "not stated by whoever made this folder: ask before you use it"
-    data = f"{config.get('data', 'not stated')}. " + (f"SHA-256 of the store's manifest, which holds one of every image: `{_sha256(manifest)}`." if manifest else
-                                                      "The store's manifest was not at hand when this folder was made.")
-    hashes = "\n".join(f"| `{p.relative_to(folder)}` | `{_sha256(p)}` |" for p in sorted(folder.rglob("*")) if p.is_file())
+    data = f"{config.get('data', 'not stated')}. " + (
+        f"SHA-256 of the store's manifest, which has one of every image, as this folder was made: `{file_hash(manifest)}`." if manifest else
+        "The store's manifest was not at hand as this folder was made.")
+    hashes = "\n".join(f"| `{p.relative_to(folder)}` | `{file_hash(p)}` |" for p in sorted(folder.rglob("*")) if p.is_file())
     return "\n\n".join(["---\n" + "\n".join(f"{k}: {json.dumps(v)}" for k, v in front.items()) + "\n---",
         model_card(config, pd.read_csv(folder / "log.csv").to_dict("records")).strip(),
         "## Loading\n\n```python\nfrom pcrl.weights import load_encoder\nencoder = load_encoder(\"this folder\").encoder  # images in [0, 1] to feature maps, the finest first\n```",
@@ -161,9 +158,9 @@ def _save_weights(tensors: dict[str, Tensor], file: Path, title: str) -> str:
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     if file.suffix == ".pth":
         write_whole(file, lambda p: torch.save(tensors, p))
-        return f'import torch\nweights = torch.load("{file}", weights_only=True)'
-    write_whole(file, lambda p: save_file(tensors, p, dict(format="pt", title=title, images="in [0, 1]")))
-    return f'from safetensors.torch import load_file\nweights = load_file("{file}")'
+        return f"import torch\nweights = torch.load({str(file)!r}, weights_only=True)"
+    write_tensors(file, tensors, dict(format="pt", title=title, images="in [0, 1]"))
+    return f"from safetensors.torch import load_file\nweights = load_file({str(file)!r})"
 
 
 def _write_folder(folder: Path, fill):
@@ -192,9 +189,9 @@ def export_encoder(
     net, encoder = encoder_settings(run), load_encoder(run).encoder
     if to == "hub":
         _write_folder(out, lambda p: _save_hub(run, p, licence))
-        return f'from pcrl.weights import load_encoder\nencoder = load_encoder("{out}").encoder'
+        return f'from pcrl.weights import load_encoder\nencoder = load_encoder({str(out)!r}).encoder'
     if to == "onnx":
         write_whole(out, lambda p: _save_onnx(encoder, net, p))
-        return f'import onnxruntime\nsession = onnxruntime.InferenceSession("{out}")\nmaps = session.run(None, dict(images=images))  # float32, in [0, 1]'
+        return f'import onnxruntime\nsession = onnxruntime.InferenceSession({str(out)!r})\nmaps = session.run(None, dict(images=images))  # float32, in [0, 1]'
     tensors, lines = _LIBRARIES[to](net, encoder.state_dict())
     return f"{_save_weights(tensors, out, read_config(run)['title'])}\n{lines}"

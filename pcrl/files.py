@@ -10,7 +10,6 @@ __all__ = ['OnDisk', 'read_image', 'read_mask']
 # %% ../nbs/01b_files.ipynb #056c2059
 import hashlib, os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -72,14 +71,11 @@ def read_image(
     window: tuple|None = None,  # intensities that become 0 and 1; None: each channel's own percentiles
 ) -> np.ndarray:  # (C, [D,] H, W), uint8
     "One case's image, prepared. Raises VolumeError for a file that cannot be read or channels that differ in shape."
-    volumes = [v for path in (item if isinstance(item, tuple) else (item,)) for v in _channels(read_volume(path))]
-    arrays = [prepare(v, spacing, size, window) for v in volumes]
-    if len(shapes := {a.shape[1:] for a in arrays}) > 1: raise VolumeError(f"{volumes[0].path} and its other channels differ in shape {sorted(shapes)}: they must cover the same grid")
+    paths = item if isinstance(item, tuple) else (item,)
+    arrays = [prepare(read_volume(path), spacing, size, window) for path in paths]
+    if len(shapes := {a.shape[1:] for a in arrays}) > 1:
+        raise VolumeError(f"{paths[0]} and its other channels differ in shape {sorted(shapes)}: they must cover the same grid")
     return np.concatenate(arrays)
-
-def _channels(volume):
-    "The volumes of one channel each that make up a volume (C, D, H, W)."
-    return [volume] if volume.array.ndim < 4 else [replace(volume, array=x) for x in volume.array]
 
 # %% ../nbs/01b_files.ipynb #a5ec1da5
 def read_mask(
@@ -90,7 +86,8 @@ def read_mask(
     "One case's mask, prepared. Raises VolumeError for a file that is no mask."
     volume = read_volume(path)
     mask = (volume if spacing is None or volume.array.ndim == 2 else resample(volume, spacing, labels=True)).array
-    if (mask != mask.round()).any() or mask.min() < 0 or mask.max() > 255: raise VolumeError(f"{path} is not a mask: whole numbers from 0 to 255 are expected")
+    if (mask != mask.round()).any() or mask.min() < 0 or mask.max() > 255:
+        raise VolumeError(f"{path} is not a mask: whole numbers from 0 to 255 are expected")
     mask = mask.astype(np.uint8)
     if values is None: return mask
     number = np.zeros(256, np.uint8)

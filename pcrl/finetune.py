@@ -45,7 +45,7 @@ def evaluate_classification(
     "AUC over the test cases: `auc`, and `auc NAME` for each label; nan for a label that all or no cases have."
     probabilities = predict_probabilities(model, test.images, exclusive=np.ndim(test.targets) == 1)
     auc = auc_per_label(test.targets, probabilities)
-    return {"auc": np.nanmean(auc)} | {f"auc {name}": a for name, a in zip(test.classes, auc)}, probabilities
+    return {"auc": pd.Series(auc).mean()} | {f"auc {name}": a for name, a in zip(test.classes, auc)}, probabilities
 
 # %% ../nbs/13a_finetune.ipynb #183089be
 def _learner(
@@ -56,7 +56,7 @@ def _learner(
     **settings,  # of `segment_learner` or `classify_learner`
 ) -> Learner:
     "Loaders and learner for the cases' task."
-    of_run = read_config(init) if init and Path(init).is_dir() else {}
+    of_run = read_config(init) if init not in (None, "scratch", "imagenet") and Path(init).is_dir() else {}
     width, net = width or of_run.get("width", 64), {k: of_run[k] for k in ("norm", "backbone") if k in of_run}
     if backbone: net["backbone"] = backbone
     data = f"{len(cases.part('train'))} labelled cases of {cases.name}: {cases.note}"
@@ -71,7 +71,7 @@ def _classification_files(test: Cases, probabilities: np.ndarray, run: Path) -> 
     "Keep the predictions of the test cases and their reliability curve; the figures with their intervals."
     labels = label_columns(test.targets, len(test.classes))
     named = lambda kind, columns: {f"{kind} {name}": column for name, column in zip(test.classes, columns.T)}
-    who = dict(case=getattr(test, "names", range(len(test))), patient=test.patients)
+    who = dict(case=test.names, patient=test.patients)
     table = pd.DataFrame(who | named("label", labels) | named("probability", probabilities))
     write_whole(run / "predictions.csv", lambda p: table.to_csv(p, index=False))
     figure = reliability_figure(labels, {"test": probabilities}, test.classes)
@@ -79,7 +79,8 @@ def _classification_files(test: Cases, probabilities: np.ndarray, run: Path) -> 
     figures = label_figures(labels, probabilities, test.patients, test.classes)
     metric = lambda name: [name, *(f"{name} {label}" for label in test.classes)]
     column = lambda name: figures.get(name, pd.Series(np.nan, figures.index))
-    return pd.concat([pd.DataFrame(dict(metric=metric(title), value=figures[name], low=column(f"{name}_low"), high=column(f"{name}_high")))
+    note = lambda name: figures.note if name != "ece" else ""
+    return pd.concat([pd.DataFrame(dict(metric=metric(title), value=figures[name], low=column(f"{name}_low"), high=column(f"{name}_high"), note=note(name)))
                       for name, title in dict(auc="auc", sensitivity="sensitivity at 0.9 specificity", ece="ece").items()])
 
 

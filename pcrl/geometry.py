@@ -8,14 +8,14 @@ Docs: https://pcrl-team.github.io/pcrl/geometry.html.md"""
 __all__ = ['MAX_VOXELS', 'MAX_PIXELS', 'LPS_TO_RAS', 'Volume', 'VolumeError', 'check_size', 'check_affine', 'spacing_of',
            'canonical', 'world_to_voxel', 'resample_like', 'resample']
 
-# %% ../nbs/00_geometry.ipynb #3a2008a0
+# %% ../nbs/00_geometry.ipynb #889d57f4
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 import math
 import numpy as np
 
-# %% ../nbs/00_geometry.ipynb #da84768b
+# %% ../nbs/00_geometry.ipynb #16a49e0e
 @dataclass
 class Volume:
     "An image in canonical order, with its place in the world and what is needed to write back."
@@ -29,7 +29,7 @@ class Volume:
 class VolumeError(ValueError):
     "A file that cannot be read or written: one sentence with its name, the reason and what to do."
 
-# %% ../nbs/00_geometry.ipynb #3e0b257a
+# %% ../nbs/00_geometry.ipynb #b5b8d606
 MAX_VOXELS, MAX_PIXELS = 2**30, 2**26  # of a volume with its channels (4 GiB as float32), of a picture
 
 def check_size(
@@ -46,7 +46,7 @@ def check_size(
     if held is not None and count * itemsize > held:
         raise VolumeError(f"{path} declares {count * itemsize:,.0f} bytes of voxels and cannot hold them: it is cut off, copy it again")
 
-# %% ../nbs/00_geometry.ipynb #07ab6308
+# %% ../nbs/00_geometry.ipynb #7bd98876
 def check_affine(
     affine: np.ndarray,  # (4, 4), voxel to mm
     path,  # the file, for the message
@@ -58,7 +58,7 @@ def check_affine(
     else: return
     raise VolumeError(f"{path} has {why}: its spacing or orientation is lost, export it again")
 
-# %% ../nbs/00_geometry.ipynb #d80f2e9f
+# %% ../nbs/00_geometry.ipynb #3e408576
 def spacing_of(
     affine: np.ndarray,  # (4, 4), voxel (x, y, z) to mm
 ) -> tuple:  # mm, in the array's order (D, H, W)
@@ -78,7 +78,7 @@ def canonical(
     turned = affine @ inv_ornt_aff(turn, array.shape[:3])
     return Volume(np.ascontiguousarray(apply_orientation(array, turn).T), spacing_of(turned), turned, path, affine, patient)
 
-# %% ../nbs/00_geometry.ipynb #6267462a
+# %% ../nbs/00_geometry.ipynb #f6ec2677
 LPS_TO_RAS = np.diag([-1., -1, 1, 1])
 
 def world_to_voxel(
@@ -93,7 +93,7 @@ def world_to_voxel(
     inverse = np.linalg.inv(volume.affine) @ to_ras
     return (np.asarray(points, float) @ inverse[:3, :3].T + inverse[:3, 3])[..., ::-1]
 
-# %% ../nbs/00_geometry.ipynb #c8fcfeb1
+# %% ../nbs/00_geometry.ipynb #486c7958
 def _onto_grid(array, step, shape, labels):
     "An array (D, H, W) on a grid of `shape` (D, H, W) whose voxels (x, y, z) `step` takes to the array's."
     import SimpleITK as sitk
@@ -112,8 +112,10 @@ def _regrid(volume, shape, affine, labels):
     channels = volume.array if volume.array.ndim == 4 else volume.array[None]
     check_size(volume.path, (*shape, len(channels)))
     seen = np.stack([_onto_grid(c, np.linalg.inv(volume.affine) @ affine, shape, labels) for c in channels])
-    return replace(volume, array=seen.reshape(*volume.array.shape[:-3], *shape), spacing=spacing_of(affine), affine=affine, source_affine=affine)
+    seen = seen.reshape(*volume.array.shape[:-3], *shape)
+    return replace(volume, array=seen, spacing=spacing_of(affine), affine=affine, source_affine=affine)
 
+# %% ../nbs/00_geometry.ipynb #894ace90
 def resample_like(
     volume: Volume,  # 3D
     like: Volume,  # whose grid to take
@@ -123,7 +125,7 @@ def resample_like(
     _need_3d(volume); _need_3d(like)
     return replace(_regrid(volume, like.array.shape[-3:], like.affine, labels), source_affine=like.source_affine)
 
-# %% ../nbs/00_geometry.ipynb #ed41da96
+# %% ../nbs/00_geometry.ipynb #ab662fd0
 def resample(
     volume: Volume,  # 3D
     spacing: tuple,  # mm, in the order (D, H, W)

@@ -21,7 +21,8 @@ _PART = dict(enumerate(["train"] * 5 + ["valid"] * 2 + ["test"] * 3))  # of a su
 
 def _scans(root):
     "Series id to (subset, path), ordered by subset."
-    found = {p.stem: (int(m[1]), p) for p in Path(root).rglob("*.mhd") if (m := re.search(r"subset(\d)", p.parent.as_posix().removeprefix(Path(root).as_posix())))}
+    below = lambda p: p.parent.relative_to(root).as_posix()
+    found = {p.stem: (int(m[1]), p) for p in Path(root).rglob("*.mhd") if (m := re.search(r"subset(\d)", below(p)))}
     if not found: raise FileNotFoundError(f"{root} has no subset0/*.mhd to subset9/*.mhd: give the folder with the subsets of LUNA16")
     return dict(sorted(found.items(), key=lambda item: (item[1][0], item[0])))
 
@@ -33,8 +34,10 @@ def luna16_cases(
 ) -> Cases:  # task "pretrain"
     "The whole scans of LUNA16. Raises FileNotFoundError if there are none."
     scans = _scans(root)
-    return Cases("luna16", 3, "pretrain", OnDisk([p for _, p in scans.values()], read_image, cache, spacing=spacing, window=window), [None] * len(scans), [], list(scans),
-                 [_PART[subset] for subset, _ in scans.values()], names=list(scans), note=f"{len(scans)} of 888 scans; patients are not named, each scan counts as one")
+    images = OnDisk([path for _, path in scans.values()], read_image, cache, spacing=spacing, window=window)
+    split = [_PART[subset] for subset, _ in scans.values()]
+    return Cases("luna16", 3, "pretrain", images, [None] * len(scans), [], list(scans), split, names=list(scans),
+                 note=f"{len(scans)} of 888 scans; patients are not named, each scan counts as one")
 
 # %% ../nbs/02e_luna16.ipynb #48849012
 def _box_in_file(reader, point, half):
@@ -44,6 +47,7 @@ def _box_in_file(reader, point, half):
     first = np.maximum(np.floor(centre - reach), 0).astype(int)
     return first, np.minimum(np.ceil(centre + reach) + 1, reader.GetSize()).astype(int) - first
 
+# %% ../nbs/02e_luna16.ipynb #b4ecb939
 def read_crop(
     item,  # (path of an .mhd, (x, y, z) in world mm, LPS as in the tables)
     size: tuple,  # voxels, (D, H, W)
@@ -58,29 +62,34 @@ def read_crop(
     try:
         reader.ReadImageInformation()
         first, number = _box_in_file(reader, point, size * spacing / 2)
-        if (number <= 0).any(): raise VolumeError(f"{path} does not reach the place {tuple(map(float, point))} mm: is the table of another data set?")
+        if (number <= 0).any():
+            raise VolumeError(f"{path} does not reach the place {tuple(map(float, point))} mm: is the table of another data set?")
         reader.SetExtractIndex(first.tolist()); reader.SetExtractSize(number.tolist())
         image = reader.Execute()
     except RuntimeError: raise VolumeError(f"{path} cannot be read: is its .raw file beside it, and whole? unpack the subset again") from None
     axes = np.diag([-1., -1, 1])                                                           # RAS in the terms of LPS
     corner = point - axes @ ((size - 1) / 2 * spacing)
-    seen = sitk.Resample(image, size.tolist(), sitk.Transform(), sitk.sitkLinear, corner.tolist(), spacing.tolist(), axes.ravel().tolist(), -1000., sitk.sitkFloat32)
+    grid = corner.tolist(), spacing.tolist(), axes.ravel().tolist()
+    seen = sitk.Resample(image, size.tolist(), sitk.Transform(), sitk.sitkLinear, *grid, -1000., sitk.sitkFloat32)
     return to_uint8(apply_window(sitk.GetArrayFromImage(seen), *window))[None]
 
 # %% ../nbs/02e_luna16.ipynb #f50f0b22
 def _places(path, scans):
     "A table of places whose scans are here, with the columns subset and path."
     table = pd.read_csv(path)
-    if missing := [c for c in ("seriesuid", "coordX", "coordY", "coordZ") if c not in table]: raise ValueError(f"{path} has no column {missing[0]!r}: it is not a table of LUNA16")
+    if missing := [c for c in ("seriesuid", "coordX", "coordY", "coordZ") if c not in table]:
+        raise ValueError(f"{path} has no column {missing[0]!r}: it is not a table of LUNA16")
     table = table.assign(row=range(len(table)))[table.seriesuid.isin(scans)]
     if not len(table): raise ValueError(f"{path} names none of the {len(scans)} scans that are here: unpack the subset that it belongs to")
     return table.assign(subset=[scans[uid][0] for uid in table.seriesuid], path=[scans[uid][1] for uid in table.seriesuid])
 
+# %% ../nbs/02e_luna16.ipynb #cfbd4377
 def luna16_annotations(
     root,  # folder with the subsets and annotations.csv
 ) -> pd.DataFrame:  # columns seriesuid, coordX, coordY, coordZ (world mm, LPS), diameter_mm, row, subset, path
     "The nodules of the scans that are here. Raises FileNotFoundError or ValueError if there are none."
-    if not (path := Path(root) / "annotations.csv").is_file(): raise FileNotFoundError(f"{path} is missing: it is a file of its own beside the subsets' archives")
+    if not (path := Path(root) / "annotations.csv").is_file():
+        raise FileNotFoundError(f"{path} is missing: it is a file of its own beside the subsets' archives")
     return _places(path, _scans(root))
 
 # %% ../nbs/02e_luna16.ipynb #2116a2b2
@@ -93,6 +102,7 @@ def _draw_negatives(table, per_nodule, seed):
         kept.append(subset.iloc[rng.choice(others, n, replace=False)])
     return pd.concat(kept).sort_values(["subset", "row"])
 
+# %% ../nbs/02e_luna16.ipynb #ec11b676
 def luna16_nodules(
     root,  # folder with the subsets and candidates_V2.csv or candidates.csv
     size: tuple = (32, 64, 64),  # of a crop in voxels, (D, H, W)
@@ -110,8 +120,8 @@ def luna16_nodules(
     if not found: raise FileNotFoundError(f"{root} has no candidates_V2.csv: it is a file of its own beside the subsets' archives")
     table = _places(found[0], scans)
     if per_nodule is not None: table = _draw_negatives(table, per_nodule, seed)
-    items = list(zip(table.path, zip(table.coordX, table.coordY, table.coordZ)))
-    n = int((table["class"] == 1).sum())
-    return Cases("luna16_nodules", 3, "classify", OnDisk(items, read_crop, cache, size=size, spacing=spacing, window=window), table[["class"]].to_numpy(np.float32), ["nodule"],
-                 table.seriesuid.tolist(), [_PART[s] for s in table.subset], names=[f"{uid}_{row}" for uid, row in zip(table.seriesuid, table.row)],
-                 note=f"{n} nodules and {len(table) - n} other candidates in {table.seriesuid.nunique()} scans; patients are not named, each scan counts as one")
+    crops = OnDisk(list(zip(table.path, zip(table.coordX, table.coordY, table.coordZ))), read_crop, cache, size=size, spacing=spacing, window=window)
+    names, n = [f"{uid}_{row}" for uid, row in zip(table.seriesuid, table.row)], int((table["class"] == 1).sum())
+    return Cases("luna16_nodules", 3, "classify", crops, table[["class"]].to_numpy(np.float32), ["nodule"], table.seriesuid.tolist(),
+                 [_PART[s] for s in table.subset], names=names, note=f"{n} nodules and {len(table) - n} other candidates in "
+                 f"{table.seriesuid.nunique()} scans; patients are not named, each scan counts as one")

@@ -49,9 +49,11 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     try: whole = _fetch_rest(url, part, timeout)
     except (OSError, HTTPException) as e:
-        raise ConnectionError(f"{url} cannot be had ({getattr(e, 'reason', None) or e or type(e).__name__}): fetch it by other means and put it at {path}, or try again later") from e
+        reason = getattr(e, "reason", None) or e or type(e).__name__
+        raise ConnectionError(f"{url} cannot be had ({reason}): fetch it by other means and put it at {path}, or try again later") from e
     have = part.stat().st_size
-    if whole is not None and have < whole: raise ConnectionError(f"the connection broke off after {have} of {whole} bytes of {path.name}: run this again, it goes on from there")
+    if whole is not None and have < whole:
+        raise ConnectionError(f"the connection broke off after {have} of {whole} bytes of {path.name}: run this again, it goes on from there")
     if (found := _md5(part)) != md5:
         part.unlink()
         raise ValueError(f"{url} gave a file with the MD5 sum {found}, but {md5} is published: it was thrown away, try again or look for a changed address")
@@ -121,7 +123,8 @@ def medmnist_file(
     sizes = medmnist_sizes(flag)
     if size not in sizes: raise ValueError(f"{flag} has no size {size}: choose one of {', '.join(map(str, sizes))}")
     name = f"{flag}.npz" if size == 28 else f"{flag}_{size}.npz"
-    return download(f"{record}/{name}?download=1", (Path.home() / ".medmnist" if folder is None else Path(folder)) / name, _SETS[flag].split()[1 + sizes.index(size)])
+    folder = Path.home() / ".medmnist" if folder is None else Path(folder)
+    return download(f"{record}/{name}?download=1", folder / name, _SETS[flag].split()[1 + sizes.index(size)])
 
 # %% ../nbs/02c_medmnist.ipynb #27d39d0f
 def _channels_first(images):
@@ -140,7 +143,8 @@ def read_medmnist(
 ) -> Cases:  # task "classify", official split
     "A MedMNIST file. Raises ValueError if it holds something else."
     arrays, parts = np.load(path, allow_pickle=False), dict(train="train", valid="val", test="test")
-    if missing := [f"{p}_{k}" for p in parts.values() for k in ("images", "labels") if f"{p}_{k}" not in arrays]: raise ValueError(f"{path} has no {missing[0]}: it is not a file of MedMNIST")
+    if missing := [f"{p}_{k}" for p in parts.values() for k in ("images", "labels") if f"{p}_{k}" not in arrays]:
+        raise ValueError(f"{path} has no {missing[0]}: it is not a file of MedMNIST")
     images = [x for p in parts.values() for x in _channels_first(arrays[f"{p}_images"])]    # views: nothing is copied
     labels = {part: arrays[f"{p}_labels"] for part, p in parts.items()}
     targets, names = _targets(flag, np.concatenate(list(labels.values())))
@@ -148,6 +152,7 @@ def read_medmnist(
     return Cases(flag, images[0].ndim - 1, "classify", images, targets, names, cases, [part for part, t in labels.items() for _ in t], names=cases,
                  note=f"{len(cases)} images of {images[0].shape[-1]} pixels; patients are not named, each image counts as one")
 
+# %% ../nbs/02c_medmnist.ipynb #2135534a
 def medmnist_cases(
     flag: str,  # of a set, such as "chestmnist" or "organmnist3d"
     size: int = 28,  # pixels a side, one of `medmnist_sizes`

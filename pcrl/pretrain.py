@@ -26,6 +26,7 @@ from torch import nn
 from .checkpoints import read_checkpoint
 from .crops import crop_loaders
 from .cases import split_by_patient
+from .layouts import pretraining_sources
 from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
@@ -181,12 +182,14 @@ def load_method(
 
 # %% ../nbs/10_pretrain.ipynb #07ffb58f
 def open_store(
-    src: str | Path,  # a store, or a folder of images, searched with its subfolders
+    src: str | Path,  # a store, a data set in a layout that `layouts` knows, or a folder of images, searched with its subfolders
     store: str | Path,  # where the store of a folder of images is kept
     dims: int,  # 2 or 3
     spacing: tuple | None = None,  # 3D: mm (z, y, x); None: each as it is
     size: int | None = None,  # 2D: pixels a side; None: each as it is
     window: tuple | None = None,  # intensities that become 0 and 1; None: each image's percentiles
+    seed: int = 0,  # of a data set's test part, which is left out, as far as none is published
+    split: str | Path | None = None,  # file that says which images are unlabelled; None: all but the test part
 ) -> Store:
     """`src` itself if it is a store, else the store made from it before, else a new one.
 
@@ -195,7 +198,8 @@ def open_store(
     if made and made.dims != dims: raise ValueError(f"{made.path} is a {made.dims}D store: give dims {made.dims}")
     wanted = dict(spacing=spacing and [*spacing], size=size, window=window and [*window])
     if made and (made.path == Path(src) or wanted.items() <= (wanted | made.settings).items()): return made
-    built = build_store(src, store, dims, spacing, size, window)
+    sources, describe = pretraining_sources(src, dims, seed, split)
+    built = build_store(sources, store, dims, spacing, size, window, describe=describe)
     if len(built.skipped): warnings.warn(f"{len(built.skipped)} files could not be read, they are listed in {built.path / 'skipped.csv'}")
     return built
 

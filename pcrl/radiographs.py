@@ -26,7 +26,8 @@ def _one(root, pattern):
 def _findings(table, path):
     "Labels (N, 14) from the names that are joined by |."
     named = table["Finding Labels"].str.get_dummies("|").drop(columns="No Finding", errors="ignore")
-    if strange := sorted(set(named) - set(CHEST14)): raise ValueError(f"{path} has the finding {strange[0]!r}, which is none of the 14: is it of another data set?")
+    if strange := sorted(set(named) - set(CHEST14)):
+        raise ValueError(f"{path} has the finding {strange[0]!r}, which is none of the 14: is it of another data set?")
     return named.reindex(columns=CHEST14, fill_value=0).to_numpy(np.float32)
 
 def _pngs(root):
@@ -48,11 +49,13 @@ def chest14_cases(
     table, paths = pd.read_csv(entries).set_index("Image Index"), _pngs(root)
     names = lists["train_val"] + lists["test"]
     for have, what in ((paths, "below images/"), (table.index, f"in {entries.name}")):
-        if missing := [n for n in names if n not in have]: raise ValueError(f"{root} lacks {len(missing)} of {len(names)} radiographs {what}, {missing[0]} first: unpack all archives")
+        if missing := [n for n in names if n not in have]:
+            raise ValueError(f"{root} lacks {len(missing)} of {len(names)} radiographs {what}, {missing[0]} first: unpack all archives")
     table, n = table.loc[names], len(lists["train_val"])
     patients, labels = table["Patient ID"].astype(str).tolist(), _findings(table, entries)
     split = split_by_patient(patients[:n], (7/8, 1/8, 0), seed, labels[:n]) + ["test"] * len(lists["test"])
-    return Cases("chestxray14", 2, "classify", OnDisk([paths[name] for name in names], read_image, cache, size=size, window=(0, 255)), labels, CHEST14, patients, split,
+    images = OnDisk([paths[name] for name in names], read_image, cache, size=size, window=(0, 255))
+    return Cases("chestxray14", 2, "classify", images, labels, CHEST14, patients, split,
                  note="official test list; labels were mined from reports. Images: NIH Clinical Center", names=names)
 
 # %% ../nbs/02b_radiographs.ipynb #b6dc38a9
@@ -60,6 +63,7 @@ CHEXPERT = ["No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Op
             "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices"]
 UNCERTAIN = dict(zeros=0, ones=1, ignore=np.nan)  # policy to what an uncertain label becomes
 
+# %% ../nbs/02b_radiographs.ipynb #78b44efb
 def chexpert_cases(
     root,  # folder CheXpert-v1.0 or CheXpert-v1.0-small: `train.csv`, `valid.csv`, `train/`, `valid/`
     uncertain: str = "ones",  # a policy in `UNCERTAIN`
@@ -70,14 +74,17 @@ def chexpert_cases(
     """CheXpert, frontal and lateral views, with its published validation set as test part.
 
     Raises FileNotFoundError or ValueError where the folder is not as published or there is no such policy."""
-    if uncertain not in UNCERTAIN: raise ValueError(f"there is no policy {uncertain!r} for uncertain labels: choose one of {', '.join(UNCERTAIN)}")
+    if uncertain not in UNCERTAIN:
+        raise ValueError(f"there is no policy {uncertain!r} for uncertain labels: choose one of {', '.join(UNCERTAIN)}")
     root = Path(root)
     tables = [pd.read_csv(_one(root, f"{part}.csv")) for part in ("train", "valid")]
     table = pd.concat(tables, ignore_index=True)
     names = table.Path.str.split("/", n=1).str[1].tolist()                                # without the top folder's name, which may have been changed
-    if missing := [n for n in names if not (root / n).is_file()]: raise ValueError(f"{root} lacks {len(missing)} of {len(names)} radiographs, {missing[0]} first: unpack it again")
+    if missing := [n for n in names if not (root / n).is_file()]:
+        raise ValueError(f"{root} lacks {len(missing)} of {len(names)} radiographs, {missing[0]} first: unpack it again")
     labels = table[CHEXPERT].fillna(0).replace(-1, UNCERTAIN[uncertain]).to_numpy(np.float32)
     patients, n = table.Path.str.extract(r"(patient\d+)")[0].tolist(), len(tables[0])
     split = split_by_patient(patients[:n], (0.9, 0.1, 0), seed, labels[:n]) + ["test"] * len(tables[1])
-    return Cases("chexpert", 2, "classify", OnDisk([root / n for n in names], read_image, cache, size=size, window=(0, 255)), labels, CHEXPERT, patients, split,
+    images = OnDisk([root / n for n in names], read_image, cache, size=size, window=(0, 255))
+    return Cases("chexpert", 2, "classify", images, labels, CHEXPERT, patients, split,
                  note=f"the published validation set is the test part; uncertain labels in training: {uncertain}", names=names)

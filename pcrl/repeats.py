@@ -54,7 +54,7 @@ def repeats_report(
     tests = [pd.read_csv(run / "test.csv").assign(run=run.name) for run in runs]
     intervals = [t for t in tests if "low" in t]
     lines = [f"# {config['title']}, from {first.method}", "Research use only; not for diagnosis.", _markdown(pd.DataFrame(facts.items(), columns=["what", "value"])), "## Test", spoken, _markdown(spread(results))]
-    if intervals: lines += ["Of each run with its 95 % interval over patients:", _markdown(pd.concat(intervals)[["run", "metric", "value", "low", "high"]])]
+    if intervals: lines += ["Of each run with its 95 % interval over patients:", _markdown(pd.concat(intervals)[[c for c in ("run", "metric", "value", "low", "high", "note") if c in intervals[0]]].fillna({"note": ""}))]
     return "\n\n".join(lines) + "\n"
 
 # %% ../nbs/18d_repeats.ipynb #e25730f7

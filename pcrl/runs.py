@@ -82,7 +82,7 @@ class EpochFigures(Callback):
 def run_state(self: EpochFigures) -> dict:  # numbers, and tensors of one value for each batch
     "The rows, and what was trained of this epoch so far; validation is always done anew."
     sums = {f"sums.{name}": torch.stack(values) for name, values in self.sums.items() if name.startswith("train_")}
-    return dict(rows=self.rows, seconds=time.perf_counter() - self.start) | sums
+    return dict(rows=self.rows, seconds=time.perf_counter() - self.start, names=list(sums)) | sums  # a file of tensors forgets the order
 
 
 @patch
@@ -91,7 +91,7 @@ def load_run_state(self: EpochFigures,
 ):
     "Go on from there."
     self.rows, self.start = list(state["rows"]), time.perf_counter() - state["seconds"]
-    sums = {name.removeprefix("sums."): list(v.to(self.dls.device).unbind()) for name, v in state.items() if name.startswith("sums.")}
+    sums = {name.removeprefix("sums."): list(state[name].to(self.dls.device).unbind()) for name in state["names"]}
     self.sums = defaultdict(list, sums)
 
 # %% ../nbs/09a_runs.ipynb #e949306e

@@ -40,8 +40,10 @@ def lits_cases(
     """LiTS, the scans with masks. Raises FileNotFoundError or ValueError where the folder is not as published."""
     found = {kind: {_number(p): p for p in Path(root).rglob(f"{kind}-*.nii*")} for kind in ("volume", "segmentation")}
     numbers = sorted(n for n in found["volume"] if n in found["segmentation"])
-    if not numbers: raise FileNotFoundError(f"{root} has no pair of volume-N.nii and segmentation-N.nii: give the folder with the training scans of LiTS")
-    if alone := sorted(set(found["segmentation"]) - set(numbers)): raise ValueError(f"{root} has segmentation-{alone[0]}.nii without volume-{alone[0]}.nii: unpack it again")
+    if not numbers:
+        raise FileNotFoundError(f"{root} has no pair of volume-N.nii and segmentation-N.nii: give the folder with the training scans of LiTS")
+    if alone := sorted(set(found["segmentation"]) - set(numbers)):
+        raise ValueError(f"{root} has segmentation-{alone[0]}.nii without volume-{alone[0]}.nii: unpack it again")
     names = [f"volume-{n}" for n in numbers]
     return _with_masks("lits", names, names, *([found[kind][n] for n in numbers] for kind in ("volume", "segmentation")), {1: 1, 2: 2}, ["liver", "tumour"],
                        spacing, window, seed, cache, "patients are not named, each scan counts as one")
@@ -55,7 +57,8 @@ def _brats_case(mask):
     "The four contrasts that belong to a mask's file."
     case, mark, ending = re.fullmatch(r"(.+)([_-])seg(\.nii(?:\.gz)?)", mask.name).groups()
     images = tuple(mask.with_name(f"{case}{mark}{contrast}{ending}") for contrast in _CONTRASTS[mark])
-    if missing := [p for p in images if not p.is_file()]: raise ValueError(f"{missing[0]} is missing: each case needs four contrasts, unpack it again")
+    if missing := [p for p in images if not p.is_file()]:
+        raise ValueError(f"{missing[0]} is missing: each case needs four contrasts, unpack it again")
     return case, images
 
 # %% ../nbs/02d_scans.ipynb #b13959b5
@@ -68,6 +71,7 @@ def brats_regions(
     "The three regions that the challenge scores."
     return np.stack([mask >= lowest for lowest in BRATS_REGIONS.values()])
 
+# %% ../nbs/02d_scans.ipynb #3cd047d2
 def brats_cases(
     root,  # folder with the cases' folders, at any depth
     spacing: tuple|None = None,  # mm in the order (D, H, W); None: as it is, 1 mm
@@ -76,7 +80,8 @@ def brats_cases(
 ) -> Cases:  # task "segment", four channels: 1 oedema, 2 necrosis and non-enhancing, 3 enhancing
     """BraTS in the layouts of 2018 to 2021 and of 2023. Raises FileNotFoundError or ValueError where the folder is in none of them."""
     masks = sorted(p for mark in "_-" for p in Path(root).rglob(f"*{mark}seg.nii*"))
-    if not masks: raise FileNotFoundError(f"{root} has no file that ends in _seg.nii.gz or -seg.nii.gz: give the folder with the training cases of BraTS")
+    if not masks:
+        raise FileNotFoundError(f"{root} has no file that ends in _seg.nii.gz or -seg.nii.gz: give the folder with the training cases of BraTS")
     marks = {p.name[-len("seg.nii.gz") - 1] if p.name.endswith(".gz") else p.name[-len("seg.nii") - 1] for p in masks}
     if len(marks) > 1: raise ValueError(f"{root} mixes years of BraTS that number their masks differently: give one of them")
     names, images = zip(*map(_brats_case, masks))
@@ -90,13 +95,15 @@ def _dataset_json(root):
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: give the folder of one task, as it is unpacked")
     try: facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not JSON ({e}): unpack it again") from None
-    if missing := [k for k in ("name", "modality", "labels", "training") if k not in facts]: raise ValueError(f"{path} has no {missing[0]!r}: it is not a task of the Decathlon")
+    if missing := [k for k in ("name", "modality", "labels", "training") if k not in facts]:
+        raise ValueError(f"{path} has no {missing[0]!r}: it is not a task of the Decathlon")
     return facts
 
 def _msd_window(facts):
     if "CT" not in facts["modality"].values(): return None
     return (-1000, 1000) if "lung" in facts["name"].lower() else SOFT_TISSUE
 
+# %% ../nbs/02d_scans.ipynb #6fb3a273
 def msd_cases(
     root,  # folder of one task: `dataset.json`, `imagesTr/`, `labelsTr/`
     spacing: tuple|None = None,  # mm in the order (D, H, W); None: each as it is
@@ -107,8 +114,10 @@ def msd_cases(
     """A task of the Medical Segmentation Decathlon, its cases with masks. Raises FileNotFoundError or ValueError where the folder is not as published."""
     facts, root = _dataset_json(root), Path(root)
     images, masks = ([root / pair[k] for pair in facts["training"]] for k in ("image", "label"))
-    if missing := [p for p in images + masks if not p.is_file()]: raise ValueError(f"{root} lacks {len(missing)} of {len(images + masks)} files, {missing[0]} first: unpack it again")
+    if missing := [p for p in images + masks if not p.is_file()]:
+        raise ValueError(f"{root} lacks {len(missing)} of {len(images + masks)} files, {missing[0]} first: unpack it again")
     values = sorted(int(v) for v in facts["labels"] if int(v))
     names = [p.name.split(".nii")[0] for p in images]
-    return _with_masks(f"msd_{facts['name'].lower()}", names, names, images, masks, {v: k for k, v in enumerate(values, 1)}, [facts["labels"][str(v)] for v in values],
-                       spacing, window or _msd_window(facts), seed, cache, "patients are not named, each case counts as one")
+    number, classes = {v: k for k, v in enumerate(values, 1)}, [facts["labels"][str(v)] for v in values]
+    return _with_masks(f"msd_{facts['name'].lower()}", names, names, images, masks, number, classes, spacing,
+                       window or _msd_window(facts), seed, cache, "patients are not named, each case counts as one")

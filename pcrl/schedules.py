@@ -31,6 +31,13 @@ class FreezeFirst(CosineDecay):
         start, length = (0.0, self.frozen) if self.is_frozen(done) else (self.frozen, 1 - self.frozen)
         return super().share((done - start) / length)
 
+    def _hold_patience(self, epoch: int):
+        "Epochs before the thaw do not count as bad ones."
+        if self.frozen < 1 and self.is_frozen(epoch / self.n_epoch): self.learn.keep_best.bad_epochs = 0
+
+    def before_epoch(self): self._hold_patience(self.epoch - 1)  # for a run that goes on here
+    def after_epoch(self): self._hold_patience(self.epoch)
+
     def before_batch(self):
         super().before_batch()
         if self.training: self.model.encoder.requires_grad_(not self.is_frozen(self.done())).train(not self.is_frozen(self.done()))

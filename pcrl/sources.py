@@ -13,14 +13,13 @@ from pathlib import Path
 
 # %% ../nbs/00x_sources.ipynb #25dfdde0
 def _files_of(source):
-    "All files whose bytes make a source: those of a DICOM series or a folder, or a header's and the ones that it names."
+    "All files whose bytes make a source: those of a DICOM series or a folder, or a MetaImage header and the ones that it names."
     if hasattr(source, "files"): return sorted(source.files)
     path = Path(source)
     if path.is_dir(): return sorted(p for p in path.iterdir() if p.is_file())
-    if path.suffix.lower() in (".hdr", ".img"): return sorted(p for p in path.parent.glob(f"{path.stem}.*") if p.suffix.lower() in (".hdr", ".img"))
-    if path.suffix.lower() not in (".mhd", ".nhdr"): return [path]
+    if path.suffix.lower() != ".mhd": return [path]
     with open(path, "rb") as f: header = f.read(65536).decode("latin-1")
-    named = re.search(r"(?ims)^(?:ElementDataFile *=|data file *:)(.*)", header)
+    named = re.search(r"(?ims)^ElementDataFile *=(.*)", header)
     first, *more = (line.strip() for line in named[1].split("\n")) if named else ("LOCAL",)
     names = {"LOCAL": [], "LIST": more}.get(first.upper(), [first])
     return [path, *sorted(p for name in names if name and (p := path.parent / name).is_file())]

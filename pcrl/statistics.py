@@ -129,8 +129,11 @@ def reliability_figure(
 ):  # a matplotlib Figure
     "The reliability curve of each label, all runs together; the size of a point tells its number of cases."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(2.4 * len(classes), 2.6), dpi=80, layout="constrained")
-    for i, (ax, name, t) in enumerate(zip(fig.subplots(1, len(classes), squeeze=False)[0], classes, label_columns(targets, len(classes)).T)):
+    columns = min(len(classes), 5)
+    rows = -(-len(classes) // columns)
+    fig = Figure(figsize=(2.4 * columns, 2.6 * rows), dpi=80, layout="constrained")
+    for i, (name, t) in enumerate(zip(classes, label_columns(targets, len(classes)).T)):
+        ax = fig.add_subplot(rows, columns, i + 1)
         ax.plot([0, 1], [0, 1], color="0.7", lw=1)
         for color, (run, p) in enumerate(probabilities.items()):
             curve = reliability(t, p[:, i])

@@ -148,7 +148,7 @@ def _prepare_source(source, folder, settings, done):
     array = prepare(volume, *(settings[k] for k in ("spacing", "size", "window", "dtype")))
     file = f"images/{sha[:32]}.npy"
     digest = _write(Path(folder) / file, lambda p: _save_array(array, p))
-    return dict(patient=getattr(volume, "patient", None), shape="x".join(map(str, array.shape)),
+    return dict(patient=volume.patient, shape="x".join(map(str, array.shape)),
                 spacing="x".join(f"{mm:g}" for mm in settings["spacing"] or volume.spacing or ()),
                 window="to".join(f"{end:g}" for end in settings["window"]) if settings["window"] else "percentiles",
                 dtype=settings["dtype"], sha256=sha, file=file, sum=digest)
@@ -173,17 +173,22 @@ def _find_sources(sources, dims, describe):
     if not sources: raise VolumeError(f"{root} has no {dims}D images, nor have its subfolders: give another folder, or other dims")
     names, labels = [os.path.relpath(str(s), root) for s in sources], _labels(root)
     describe = describe or (lambda source: labels.get(Path(os.path.relpath(str(source), root)).as_posix().removeprefix("images/"), {}))
-    return sources, [dict(volume=root.name if n == "." else n) | describe(s) for n, s in zip(names, sources)], getattr(sources, "skipped", [])
+    return sources, [dict(volume=root.name if n == "." else n) | describe(s) for n, s in zip(names, sources)], sources.skipped
 
 # %% ../nbs/01_store.ipynb #a1160712
-def _rows(dst):
-    "What the store holds so far: rows by volume and source hash."
-    manifest, journal = dst / "manifest.csv", dst / "building.jsonl"
-    rows = Store(dst).manifest.to_dict("records") if manifest.exists() else []
+def _keyed(rows): return {(row["volume"], row["sha256"]): row for row in rows}
+
+def _listed(dst):
+    "The manifest's rows, by volume and source hash."
+    return _keyed(Store(dst).manifest.to_dict("records")) if (dst / "manifest.csv").exists() else {}
+
+def _noted(dst):
+    "The journal's rows, by volume and source hash; lines that were cut off are none."
+    rows, journal = [], dst / "building.jsonl"
     for line in journal.read_text().splitlines() if journal.exists() else ():
         try: rows.append(json.loads(line))
         except json.JSONDecodeError: pass
-    return {(row["volume"], row["sha256"]): row for row in rows}
+    return _keyed(rows)
 
 def _settle(dst, settings):
     "Write the settings of a new store, or refuse those that are not the store's."
@@ -191,7 +196,7 @@ def _settle(dst, settings):
     if not path.exists() and any(dst.iterdir()): raise FileExistsError(f"{dst} holds other files: give the store a folder of its own")
     old = json.loads(path.read_text()) if path.exists() else {}
     differ = [k for k, v in json.loads(json.dumps(settings)).items() if old.get(k) != v]
-    if differ and old and _rows(dst):
+    if differ and old and (_listed(dst) or _noted(dst)):
         raise ValueError(f"{dst} was built with {', '.join(f'{k} {old[k]}' for k in differ)}, not {', '.join(f'{settings[k]}' for k in differ)}: "
                          "settings do not mix in a store, give another name")
     if differ: _write(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
@@ -214,25 +219,25 @@ def _building(dst, settings):
 # %% ../nbs/01_store.ipynb #971badf1
 def _fill(dst, sources, known, journal, settings, patients, processes, progress):
     "Prepare all sources in parallel; rows in their order, and the sentences of those that cannot be read."
-    rows, faults, done = {}, {}, {sha: row for (_, sha), row in _rows(dst).items() if (dst / row["file"]).exists()}
+    rows, faults, done = {}, {}, {sha: row for (_, sha), row in (_noted(dst) | _listed(dst)).items() if (dst / row["file"]).exists()}
     for i, row, fault in in_processes("pcrl.store:_prepare_source", sources, (str(dst), settings, frozenset(done)), processes):
         if fault: faults[i] = str(sources[i]), fault
         else:
-            row = done.get(row["sha256"], row) | {"volume": known[i]["volume"]}
-            if row["sha256"] not in done: row["patient"] = patients(row["patient"]) if row["patient"] else row["sha256"][:16]
-            rows[i] = row | {k: v for k, v in known[i].items() if k != "patient"}
+            new = row["sha256"] not in done
+            if new: row["patient"] = patients(row["patient"]) if row["patient"] else row["sha256"][:16]
+            rows[i] = done.get(row["sha256"], row) | {k: v for k, v in known[i].items() if k != "patient"}
             if pd.notna(known[i].get("patient")): rows[i]["patient"] = patients(known[i]["patient"])
-            journal.write(json.dumps(rows[i]) + "\n"); journal.flush()
+            if new: journal.write(json.dumps(rows[i]) + "\n"); journal.flush()
         if progress: progress(len(rows) + len(faults), len(sources))
     return [rows[i] for i in sorted(rows)], [faults[i] for i in sorted(faults)]
 
 # %% ../nbs/01_store.ipynb #cca6ebba
-def _finish(dst, before, rows, skipped):
-    "Write the manifest and the list of what was skipped."
+def _finish(dst, rows, skipped):
+    "Write the manifest, which is what it was, what came now, and what an earlier build left; and the list of what was skipped."
     _write(dst / "skipped.csv", lambda p: pd.DataFrame(skipped, columns=["file", "reason"]).to_csv(p, index=False))
     if not rows: raise VolumeError(f"none of {len(skipped)} files could be read, they are listed in {dst / 'skipped.csv'}; the first: {skipped[0][1]}")
-    found = before | {(r["volume"], r["sha256"]): r for r in rows}
-    table = pd.DataFrame([r for r in found.values() if (dst / r["file"]).exists()])
+    found = _listed(dst) | _keyed(rows)
+    table = pd.DataFrame([r for r in (found | _noted(dst) | found).values() if (dst / r["file"]).exists()])
     table["patient"] = table.groupby("sha256", sort=False).patient.transform("first")
     last = COLUMNS[COLUMNS.index("split") + 1:]
     table = table.reindex(columns=[*COLUMNS[:-len(last)], *(c for c in table if c not in COLUMNS), *last])
@@ -261,9 +266,8 @@ def build_store(
     if not sources: raise ValueError("there are no images to put into a store: the list is empty")
     settings = dict(dims=dims, spacing=spacing and [*map(float, spacing)], size=size, window=window and [*map(float, window)], dtype=dtype, channels=channels)
     with _building(dst, settings) as journal:
-        before = _rows(dst)
         rows, faults = _fill(dst, sources, known, journal, settings, _Patients(dst, key), processes, progress)
-        _finish(dst, before, rows, [*((str(p), why) for p, why in skipped), *faults])
+        _finish(dst, rows, [*((str(p), why) for p, why in skipped), *faults])
     return Store(dst)
 
 @patch(as_prop=True)

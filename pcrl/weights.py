@@ -18,10 +18,9 @@ from inspect import signature
 from pathlib import Path
 
 import pandas as pd, torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .records import read_tensors
 from .runs import read_config
 from .unet import RESNETS, UNet
 
@@ -32,9 +31,9 @@ def _read_torch(file: Path):
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # of many kinds, where the bytes are no such file
-        if code := re.search(r"GLOBAL (\S+)|TorchScript", str(e)):
+        if code := re.search(r"GLOBAL ([\w.]+)|TorchScript", str(e)):
             raise ValueError(f"{file} carries code ({code[1] or code[0]}) and was not opened: ask for its tensors alone, as safetensors") from None
-        raise ValueError(f"{file} is not a whole file of tensors, neither of safetensors nor of torch: get it again") from None
+        raise ValueError(f"{file} is not a whole file of tensors, neither of safetensors nor of torch: take another copy of it") from None
 
 # %% ../nbs/09e_weights.ipynb #67800802
 def _tensors(content) -> dict[str, Tensor]:
@@ -51,12 +50,12 @@ def read_state_dict(
 ) -> dict[str, Tensor]:  # on the CPU
     """The weights in a file, by name; nothing in it is run.
 
-    Raises FileNotFoundError without the file, ValueError for a file that carries code, is damaged, or has no tensors by name."""
+    Raises FileNotFoundError without the file, ValueError for a file that carries code, is damaged, has no tensors by name, or names that cannot be shown."""
     if not Path(file).is_file(): raise FileNotFoundError(f"there is no file {file}")
     with open(file, "rb") as f: is_safetensors = f.read(9)[8:] == b"{"                   # 8 bytes of length, then JSON
-    try: found = load_file(file) if is_safetensors else _tensors(_read_torch(Path(file)))
-    except SafetensorError: raise ValueError(f"{file} is damaged: get it again") from None
+    found = read_tensors(file) if is_safetensors else _tensors(_read_torch(Path(file)))
     if not found: raise ValueError(f"{file} has no tensors by name: a state dict is needed")
+    if not all(map(str.isprintable, found)): raise ValueError(f"{file} has tensors with control characters in their names: it is not to be trusted")
     return found
 
 # %% ../nbs/09e_weights.ipynb #434d81f8
@@ -133,7 +132,7 @@ def _compare(
     found = match_names(tensors, [*own, *folds])
     rows, weights = _take(own, tensors, found)
     for bias, mean in folds.items():
-        if bias in found and mean in weights:
+        if bias in found and mean in weights and tensors[found[bias]].shape == own[mean].shape:
             weights[mean] = weights[mean] - tensors[found[bias]]
             rows.append(_row("folded", mean, own[mean], found[bias], tensors[found[bias]]))
     used = {row["name_in_file"] for row in rows}

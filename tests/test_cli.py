@@ -1,11 +1,14 @@
 "The command on real files and folders, as a user types it: in a process of its own, but for refusals."
-import json, os, subprocess, sys
+import json, os, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd, pytest
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from kill_resume import differences
+from pcrl.checkpoints import find_checkpoints
 from pcrl.cli import app
 from pcrl.datasets import brain_cases
 
@@ -81,46 +84,64 @@ def test_pretrain_does_not_overwrite_a_run(run, slices):
     assert (run / "encoder.safetensors").read_bytes() == before
 
 
-def test_pretrain_resumes_where_it_stopped(run, slices, tmp_path):
-    "Cut off after its first epoch, and continued: the same weights, queue and optimiser as the run that was never stopped."
+def test_pretrain_resumes_where_it_stopped(run, tmp_path):
+    "Killed once it has a checkpoint, and continued: the same log, weights, queue and optimiser as the run that was never stopped."
     out = tmp_path / "cut"
-    store = run.with_name("pretrained-store")
-    killer = f"""
-import sys
-from fastai.callback.core import Callback
-from pcrl import cli, pretrain
-class Stop(Callback):
-    def after_epoch(self): sys.exit(9)
-make = pretrain.pretrain_learner
-pretrain.pretrain_learner = lambda *args, **kwargs: make(*args, **kwargs).add_cb(Stop())
-sys.argv = ["pcrl", "pretrain", {str(store)!r}, "--out", {str(out)!r}, "--epochs", "2"] + {SMALL_2D!r}
-cli.app()
-"""
-    assert subprocess.run([sys.executable, "-c", killer], capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1")).returncode == 9
-    assert len(pd.read_csv(out / "log.csv")) == 1
-    pcrl("pretrain", store, "--out", out, "--epochs", 2, "--resume", *SMALL_2D)
-    assert (out / "resume" / "epoch-1.safetensors").read_bytes() == (run / "resume" / "epoch-1.safetensors").read_bytes()
+    command = ["pretrain", run.with_name("pretrained-store"), "--out", out, "--epochs", 2, *SMALL_2D]
+    killed = subprocess.Popen([Path(sys.executable).with_name("pcrl"), *map(str, command), "--checkpoint-every", "1"], stdout=subprocess.DEVNULL, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    while not find_checkpoints(out / "resume"):
+        assert killed.poll() is None
+        time.sleep(0.001)
+    killed.kill()
+    assert killed.wait() == -9 and not (out / "card.md").exists()
+    pcrl(*command, "--resume")
+    assert differences(run, out) == []
 
 
 def test_finetune_to_masks_from_a_run_and_from_scratch(run, slices, tmp_path):
-    shared = ["--dims", 2, "--crop", "64x64", "--epochs", 2, "--lr", 0.003]
+    shared = ["--dims", 2, "--crop", "64x64", "--epochs", 2, "--lr", 0.003, "--repeats", 1, "--schedule", "frozen-then-full"]
     for arm, extra in (("scratch", ["--width", 4]), ("pcrl", ["--init", run])):
         out = pcrl("finetune", slices, "--out", tmp_path / arm, *shared, *extra)
         assert "dice" in out and "test cases" in out
         assert pd.read_csv(tmp_path / arm / "test.csv").value.between(0, 1).all()
     a, b = (json.loads((tmp_path / arm / "config.json").read_text()) for arm in ("scratch", "pcrl"))
     assert [k for k in a if a[k] != b[k]] == ["init"]
+    told = CliRunner().invoke(app, ["compare", str(tmp_path / "scratch"), str(tmp_path / "pcrl")]).stdout
+    assert "Dice" in told and "wilcoxon_p" in told and "Nothing is claimed from one run" in told
 
 
-def test_finetune_to_labels(slices, tmp_path):
-    folder = tmp_path / "labelled"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def labelled(slices, tmp_path_factory):
+    "The slices with labels in a table: two of each patient, and a split."
+    folder = tmp_path_factory.mktemp("labelled")
     (folder / "images").symlink_to(slices / "images")
     names = sorted(p.name for p in (slices / "images").iterdir())
-    splits = ["train"] * 10 + ["valid"] * 4 + ["test"] * 6
-    pd.DataFrame(dict(image=names, split=splits, bright=[0, 1] * 10)).to_csv(folder / "labels.csv", index=False)
-    assert "auc bright" in pcrl("finetune", folder, "--out", tmp_path / "run", "--dims", 2, "--size", 64, "--width", 4, "--epochs", 1, "--labelled", 6)
-    assert "labelled cases" in json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    splits = ["train"] * 8 + ["valid"] * 4 + ["test"] * 8
+    pd.DataFrame(dict(image=names, patient=[i // 2 for i in range(20)], split=splits, bright=[0, 0, 1, 1] * 5)).to_csv(folder / "labels.csv", index=False)
+    return folder
+
+
+def test_finetune_to_labels_in_repeats_and_compare(run, labelled, tmp_path):
+    "Two repeats of two arms, a linear probe among them: every file that is promised, and the comparison's refusal to say more than it may."
+    shared = ["--dims", 2, "--size", 64, "--epochs", 1, "--labelled", 6, "--lr", 0.003]
+    out = pcrl("finetune", labelled, "--out", tmp_path / "scratch", "--width", 4, "--repeats", 2, "--class-weights", *shared)
+    assert "auc bright" in out and "sd" in out and "seed 1" in out
+    assert {p.name for p in (tmp_path / "scratch").iterdir()} == {"seed0", "seed1", "results.csv", "report.md", "split.csv"}
+    assert "labelled cases" in json.loads((tmp_path / "scratch" / "seed1" / "config.json").read_text())["data"]
+    predictions = pd.read_csv(tmp_path / "scratch" / "seed0" / "predictions.csv")
+    assert predictions.columns.tolist() == ["case", "patient", "label bright", "probability bright"] and len(predictions) == 8
+    assert pd.read_csv(tmp_path / "scratch" / "seed0" / "test.csv").metric.tolist()[:2] == ["auc", "auc bright"]
+    assert "2 repeats" in (tmp_path / "scratch" / "report.md").read_text()
+    pcrl("finetune", labelled, "--out", tmp_path / "probe", "--init", run, "--repeats", 1, "--schedule", "frozen", "--patience", 1, *shared)
+    frozen, given = (load_file(folder / "encoder.safetensors") for folder in (tmp_path / "probe", run))
+    assert all(frozen[k].equal(v) for k, v in given.items())
+    told = pcrl("compare", tmp_path / "scratch", tmp_path / "probe")
+    assert "probe minus scratch" in told and "Nothing is claimed from one run" in told
+    assert "holds a run already" in complaint("finetune", labelled, "--out", tmp_path / "scratch", "--width", 4, *shared)
+    assert "nothing to compare" in complaint("compare", tmp_path / "scratch")
+    assert "no schedule 'melted'" in complaint("finetune", labelled, "--out", tmp_path / "none", "--width", 4, "--schedule", "melted", *shared)
+    assert "no file nowhere" in complaint("finetune", labelled, "--out", tmp_path / "none", "--width", 4, "--init", "nowhere", *shared)
+    assert not (tmp_path / "none").exists()
 
 
 def test_export_to_onnx_and_to_a_hub(run, slices, tmp_path):
@@ -179,7 +200,7 @@ def test_volumes_of_real_patients(kit, tmp_path):
         (tmp_path / "own" / kind).mkdir(parents=True)
         for p in sorted((kit / "hippocampus" / theirs).glob("*.nii.gz"))[:14]: (tmp_path / "own" / kind / p.name).symlink_to(p)
     pcrl("pretrain", tmp_path / "own" / "images", "--out", tmp_path / "run", "--epochs", 1, "--crop", "16x16x16", "--width", 4, "--bs", 4, "--lr", 0.05)
-    out = pcrl("finetune", tmp_path / "own", "--out", tmp_path / "tuned", "--init", tmp_path / "run", "--epochs", 1, "--crop", "24x24x24", "--lr", 0.003)
+    out = pcrl("finetune", tmp_path / "own", "--out", tmp_path / "tuned", "--init", tmp_path / "run", "--epochs", 1, "--crop", "24x24x24", "--lr", 0.003, "--repeats", 1)
     assert "dice class 2" in out
 
 

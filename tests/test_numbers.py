@@ -12,7 +12,7 @@ from pcrl.contrast import Projector, logit_stats, nce_loss
 from pcrl.crops import crop_loaders
 from pcrl.model import PCRL
 from pcrl.pretrain import pretrain_learner
-from pcrl.runs import check_bfloat16, gradient_norm
+from pcrl.guards import check_bfloat16, gradient_norm
 from pcrl.transforms import apply_transforms, blur, sample_transforms
 
 SMALLEST = {2: (32, 32), 3: (8, 8, 8)}

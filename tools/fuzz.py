@@ -2,7 +2,7 @@
 
 Each file is read in a process with a limit on memory and on time, for a library that crashes or hangs takes its process with it.
 Real files are damaged where PCRL_DATA names a folder with them, and small ones that are made here."""
-import argparse, csv, gzip, os, resource, select, signal, subprocess, sys, tempfile, time, zlib
+import argparse, csv, gzip, os, resource, shutil, signal, subprocess, sys, tempfile, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ def serve():
     from pcrl.volumes import VolumeError, find_images, read_header, read_volume
     warnings.simplefilter("error")  # a warning would be printed: as bad as a traceback
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    import nibabel, pydicom, PIL.Image, SimpleITK  # noqa: imported by the readers when first used
     out = os.fdopen(os.dup(1), "w")
+    print("ready", file=out, flush=True)
     for line in sys.stdin:
         path = Path(line.strip())
         Path("/proc/self/clear_refs").write_text("5")  # the highest memory so far is forgotten
@@ -28,22 +30,29 @@ def serve():
         results = []
         for read in (read_header, read_volume) + ((lambda p: find_images(p, 3),) if path.is_dir() else ()):
             try: read(path); results.append("read")
-            except VolumeError as e: results.append("refused" if "\n" not in str(e) and len(str(e)) < 600 and PATIENT[:3] not in str(e) else f"crashed {e!r}")
+            except VolumeError as e: results.append("refused" if one_sentence(str(e)) else f"crashed {e!r}")
             except BaseException as e: results.append(f"crashed {e!r}")
         signal.alarm(0)
-        peak = next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         bad = [r for r in results if r.startswith("crashed")]
-        print((bad[0] if bad else results[1]).replace("\n", " "), peak // 1024, sep="\t", file=out, flush=True)
+        print((bad[0] if bad else results[1]).replace("\n", " "), int(status["VmHWM"].split()[0]) // 1024, sep="\t", file=out, flush=True)
+
+
+def one_sentence(message): return "\n" not in message and len(message) < 600 and PATIENT[:3] not in message
 
 
 class Reader:
     "Such a process, started again when it dies."
-    def __init__(self): self.process = None
+    def __init__(self): self.start()
+
+    def start(self):
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)  # codecs print in C++
+        self.process = subprocess.Popen([sys.executable, __file__, "--serve"], **pipes)
+        self.process.stdout.readline()  # it is ready: imports are not counted
 
     def __call__(self, path):
         "(result, seconds, peak MB) of one source."
-        if self.process is None:
-            self.process = subprocess.Popen([sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        if self.process is None: self.start()
         start = time.monotonic()
         self.process.stdin.write(f"{path}\n"); self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -56,7 +65,7 @@ class Reader:
         return result, seconds, int(peak)
 
     def close(self):
-        if self.process: self.process.stdin.close(); self.process.wait()
+        if self.process: self.process.stdin.close(); self.process.wait(); self.process.stdout.close()
 
 
 # --- files to damage ------------------------------------------------------------------------------------------------------
@@ -74,13 +83,17 @@ def made(folder):
         sitk.WriteImage(image, str(folder/name), useCompression=packed)
     sitk.WriteImage(sitk.GetImageFromArray(np.stack([voxels] * 2, -1), isVector=True), str(folder/"v.nrrd"))
     grey = (np.add.outer(np.arange(64), np.arange(80)) % 256).astype(np.uint8)
-    for name, pixels in (("a.png", grey), ("deep.png", grey.astype(np.uint16) * 200), ("a.jpg", grey), ("rgb.jpg", np.stack([grey] * 3, -1)), ("a.tif", grey), ("deep.tif", grey.astype(np.uint16))):
+    deep, colour = grey.astype(np.uint16) * 200, np.stack([grey] * 3, -1)
+    for name, pixels in {"a.png": grey, "deep.png": deep, "a.jpg": grey, "rgb.jpg": colour, "a.tif": grey, "deep.tif": deep}.items():
         Image.fromarray(pixels).save(folder/name)
     Image.fromarray(grey).save(folder/"z.tif", compression="tiff_lzw"); Image.fromarray(grey).save(folder/"j.tif", compression="jpeg")
     for k in range(4): dicom(folder/"series"/f"{k}.dcm", voxels[k], k)
-    dicom(folder/"plain.dcm", voxels[0], 0); dicom(folder/"deflated.dcm", voxels[0], 0, "1.2.840.10008.1.2.1.99"); dicom(folder/"rle.dcm", voxels[0], 0, rle=True)
-    names = {"NIfTI": ("a.nii", "b.nii", "a.nii.gz"), "MetaImage": ("a.mhd", "z.mhd", "a.mha", "z.mha"), "NRRD": ("a.nrrd", "z.nrrd", "v.nrrd"), "PNG": ("a.png", "deep.png"),
-             "JPEG": ("a.jpg", "rgb.jpg"), "TIFF": ("a.tif", "deep.tif", "z.tif", "j.tif"), "DICOM": ("plain.dcm", "deflated.dcm"), "DICOM packed": ("rle.dcm",), "DICOM series": ("series",)}
+    dicom(folder/"plain.dcm", voxels[0], 0); dicom(folder/"deflated.dcm", voxels[0], 0, "1.2.840.10008.1.2.1.99")
+    dicom(folder/"rle.dcm", voxels[0], 0, rle=True)
+    names = {"NIfTI": ("a.nii", "b.nii", "a.nii.gz"), "MetaImage": ("a.mhd", "z.mhd", "a.mha", "z.mha"),
+             "NRRD": ("a.nrrd", "z.nrrd", "v.nrrd"), "PNG": ("a.png", "deep.png"), "JPEG": ("a.jpg", "rgb.jpg"),
+             "TIFF": ("a.tif", "deep.tif", "z.tif", "j.tif"),
+             "DICOM": ("plain.dcm", "deflated.dcm"), "DICOM packed": ("rle.dcm",), "DICOM series": ("series",)}
     return {format: [folder/name for name in of] for format, of in names.items()}
 
 
@@ -89,9 +102,10 @@ def dicom(path, pixels, k, syntax="1.2.840.10008.1.2.1", rle=False):
     import pydicom
     from pydicom.dataset import Dataset, FileMetaDataset
     h = Dataset()
-    h.update(dict(PatientID=PATIENT, PatientName=PATIENT, Rows=pixels.shape[0], Columns=pixels.shape[1], SamplesPerPixel=1, PhotometricInterpretation="MONOCHROME2",
-                  BitsAllocated=16, BitsStored=16, HighBit=15, PixelRepresentation=1, Modality="CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2", SOPInstanceUID=f"1.2.3.{k}",
-                  SeriesInstanceUID="1.2.9", ImagePositionPatient=[0, 0, 3 * k], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PixelSpacing=[0.5, 0.5], SliceThickness=3,
+    h.update(dict(PatientID=PATIENT, PatientName=PATIENT, Rows=pixels.shape[0], Columns=pixels.shape[1], SamplesPerPixel=1,
+                  PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=16, HighBit=15, PixelRepresentation=1,
+                  Modality="CT", SOPClassUID="1.2.840.10008.5.1.4.1.1.2", SOPInstanceUID=f"1.2.3.{k}", SeriesInstanceUID="1.2.9",
+                  PixelSpacing=[0.5, 0.5], ImagePositionPatient=[0, 0, 3 * k], ImageOrientationPatient=[1, 0, 0, 0, 1, 0], SliceThickness=3,
                   RescaleIntercept=-1024, RescaleSlope=1))
     h.PixelData = pixels.tobytes(); h["PixelData"].VR = "OW"
     h.file_meta = FileMetaDataset(); h.file_meta.TransferSyntaxUID = syntax
@@ -105,14 +119,18 @@ def real(kit, folder):
     from PIL import Image
     film = next((kit/"nih_cxr14_subset").rglob("*.png"))
     for name in ("film.jpg", "film.tif"): Image.open(film).save(folder/name)
-    names = {"NIfTI": ("formats/nifti/niivue_low_res.nii.gz", "hippocampus/imagesTr/hippocampus_001.nii.gz", "formats/nifti/nibabel_functional.nii", "formats/nifti/nibabel_example4d.nii.gz"),
-             "MetaImage": ("formats/mhd_raw/ct_flipped_xy.mhd", "formats/mhd_raw/ct_luna16_like_compressed.mha", "formats/nrrd_mha/niivue_mha.mha"),
-             "NRRD": ("formats/nrrd_mha/pyradiomics_prostate_phantom_subvolume.nrrd", "formats/nrrd_mha/pyradiomics_breast1_label.nrrd"),
-             "DICOM": tuple(f"formats/dicom_odd/{n}.dcm" for n in ("CT_small", "MR_small_bigendian", "MR_small_implicit", "enhanced_multiframe_enh", "rtdose", "mlut_18", "image_dfl", "no_meta", "liver")),
-             "DICOM packed": tuple(f"formats/dicom_odd/{n}.dcm" for n in ("MR_small_RLE", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless", "JPEG-LL", "JPGExtended", "JPEG2000", "txv_Fake_MONOHR1",
-                                                                          "emri_small_jpeg_2k_lossless", "OBXXXX1A_rle", "bad_sequence", "SC_rgb_rle_16bit")),
-             "DICOM series": ("formats/dicom_series/ct_3slice",)}
-    return {"PNG": [film], "JPEG": [folder/"film.jpg"], "TIFF": [folder/"film.tif"]} | {format: [kit/name for name in of] for format, of in names.items()}
+    of = lambda under, suffix, names: [kit/under/f"{name}{suffix}" for name in names.split()]
+    return {"PNG": [film], "JPEG": [folder/"film.jpg"], "TIFF": [folder/"film.tif"],
+            "NIfTI": of("formats/nifti", "", "niivue_low_res.nii.gz nibabel_functional.nii nibabel_example4d.nii.gz")
+                     + of("hippocampus/imagesTr", ".nii.gz", "hippocampus_001"),
+            "MetaImage": of("formats", "", "mhd_raw/ct_flipped_xy.mhd mhd_raw/ct_luna16_like_compressed.mha nrrd_mha/niivue_mha.mha"),
+            "NRRD": of("formats/nrrd_mha", ".nrrd", "pyradiomics_prostate_phantom_subvolume pyradiomics_breast1_label"),
+            "DICOM": of("formats/dicom_odd", ".dcm", "CT_small MR_small_bigendian MR_small_implicit enhanced_multiframe_enh rtdose "
+                                                     "mlut_18 image_dfl no_meta liver"),
+            "DICOM packed": of("formats/dicom_odd", ".dcm", "MR_small_RLE MR_small_jp2klossless MR_small_jpeg_ls_lossless JPEG-LL "
+                                                            "JPGExtended JPEG2000 txv_Fake_MONOHR1 emri_small_jpeg_2k_lossless "
+                                                            "OBXXXX1A_rle bad_sequence SC_rgb_rle_16bit"),
+            "DICOM series": of("formats/dicom_series", "", "ct_3slice")}
 
 
 # --- damage ---------------------------------------------------------------------------------------------------------------
@@ -121,16 +139,18 @@ def damaged(data, rng):
     "The bytes with one kind of damage: bits, the end, numbers, digits, or a piece."
     data, kind = bytearray(data), rng.choice(["bits", "header bits", "end", "number", "number", "digits", "piece"])
     head = min(len(data), int(rng.choice([64, 400, 2000])))
-    at = int(rng.integers(head if kind != "bits" else len(data)))
+    at = int(rng.integers(head))
     if kind in ("bits", "header bits"):
-        for _ in range(rng.integers(1, 9)): data[at] ^= 1 << int(rng.integers(8)); at = int(rng.integers(head if kind != "bits" else len(data)))
+        for at in rng.integers(head if kind != "bits" else len(data), size=rng.integers(1, 9)): data[at] ^= 1 << int(rng.integers(8))
     elif kind == "end": del data[int(rng.integers(len(data))):]
     elif kind == "number":  # a length, a size or a place becomes an extreme one
-        size = int(rng.choice([1, 2, 4, 8])); value = rng.choice([0, 1, 2**(8 * size - 1) - 1, 2**(8 * size - 1), 2**(8 * size) - 1, 2**(4 * size)], replace=True) if size < 8 else 2**63 - 1
-        data[at:at + size] = int(value).to_bytes(size, str(rng.choice(["little", "big"])))
+        size = int(rng.choice([1, 2, 4, 8])); top = 2**(8 * size)
+        value = [0, 1, top // 2 - 1, top // 2, top - 1, 2**(4 * size)][rng.integers(6)]
+        data[at:at + size] = value.to_bytes(size, str(rng.choice(["little", "big"])))
     elif kind == "digits":  # the same in text
         digits = [i for i, b in enumerate(data[:2000]) if 48 <= b <= 57]
-        if digits: at = int(rng.choice(digits)); data[at:at + 1] = rng.choice([b"0", b"-1", b"99999999999", b"1e308", b"nan", b"x", b"", b"4294967297"])
+        lies = [b"0", b"-1", b"99999999999", b"1e308", b"nan", b"x", b"", b"4294967297"]
+        if digits: at = int(rng.choice(digits)); data[at:at + 1] = lies[rng.integers(len(lies))]
     else:
         size = int(rng.integers(1, 65)); piece = bytes(data[at:at + size]); to = int(rng.integers(len(data)))
         if rng.random() < 0.5: data[to:to] = piece
@@ -157,13 +177,14 @@ def damage(source, folder, rng):
         to.mkdir()
         for file in files: (to/file.name).write_bytes(damaged(file.read_bytes(), rng) if file == victim else file.read_bytes())
         return to
-    data, to = source.read_bytes(), folder/f"file{''.join(source.suffixes[-2:]) if source.suffix == '.gz' else source.suffix}"
+    suffix = "".join(source.suffixes[-2:]) if source.suffix == ".gz" else source.suffix
+    data, to = source.read_bytes(), folder/f"file{suffix}"
     if source.suffix == ".gz" and rng.random() < 0.7: data = gzip.compress(damaged(gzip.decompress(data), rng), 1)
     elif source.suffix == ".png" and rng.random() < 0.7: data = resealed(damaged(data, rng))
     else: data = damaged(data, rng)
     to.write_bytes(data)
     if source.suffix == ".mhd":
-        for raw in source.parent.glob(f"{source.stem}.*raw"): os.link(raw, folder/raw.name) if os.stat(raw).st_dev == os.stat(folder).st_dev else (folder/raw.name).write_bytes(raw.read_bytes())
+        for raw in source.parent.glob(f"{source.stem}.*raw"): shutil.copy(raw, folder)
     return to
 
 
@@ -182,10 +203,11 @@ def fuzz(per_format, seed=0, kept=None):
                     path = damage(files[k % len(files)], Path(folder), rng)
                     result, seconds, peak = reader(path)
                     row[result.split()[0]] += 1
-                    row["slowest_seconds"], row["peak_memory_mb"] = max(row["slowest_seconds"], round(seconds, 2)), max(row["peak_memory_mb"], peak)
+                    row["slowest_seconds"] = max(row["slowest_seconds"], round(seconds, 2))
+                    row["peak_memory_mb"] = max(row["peak_memory_mb"], peak)
                     if result.startswith("crashed"):
                         wrong.append((format, k, files[k % len(files)].name, result))
-                        if kept and path.is_file(): (Path(kept)/f"{format}-{k}{''.join(path.suffixes)}".replace(" ", "-")).write_bytes(path.read_bytes())
+                        if kept: shutil.copytree(folder, Path(kept)/f"{format}-{k}".replace(" ", "-"), dirs_exist_ok=True)
             rows.append(row)
     reader.close()
     return rows, wrong
