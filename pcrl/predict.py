@@ -166,7 +166,9 @@ def mask_figure(
         image, shown = image[at], mask[at]
     grey = percentile_window(image) if window is None else np.clip(image, *window)
     number = np.searchsorted(np.unique(mask[mask > 0]), shown) + 1
-    return overlay_figure([_as_seen(grey, mask.ndim)[None]], dict(prediction=[_as_seen(np.where(shown > 0, number, 0), mask.ndim)]))
+    fig = overlay_figure([_as_seen(grey, mask.ndim)[None]], dict(prediction=[_as_seen(np.where(shown > 0, number, 0), mask.ndim)]))
+    for ax in fig.axes: ax.set_aspect(volume.spacing[1] / volume.spacing[2] if volume.spacing else 1)  # voxels need not be square
+    return fig
 
 
 def labels_figure(
