@@ -32,6 +32,7 @@ class Cases:
     unlabelled_valid: Sequence|None = None  # images to watch pretraining by; None: those of the valid split
     note: str = ""  # what to bear in mind, printed beside every result
     names: list|None = None  # one id per image, no two alike; None: running numbers
+    regions: dict|None = None  # "segment": what is scored in the place of the classes: names to the masks' values that make up each; None: the classes
 
     def __post_init__(self):
         if self.names is None: self.names = [str(i) for i in range(len(self.images))]

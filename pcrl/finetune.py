@@ -35,7 +35,7 @@ def evaluate_segmentation(
 ) -> tuple[pd.DataFrame, list[np.ndarray]]:  # the table of `measure_masks`, and the masks
     "The masks of the test cases, and how good each is."
     masks = [predict_mask(model, image, window) for image in test.images]
-    return measure_masks(masks, test.targets, test.classes, test.names, test.patients, spacing), masks
+    return measure_masks(masks, test.targets, test.classes, test.names, test.patients, spacing, regions=test.regions), masks
 
 # %% ../nbs/13a_finetune.ipynb #522b9382
 def evaluate_classification(

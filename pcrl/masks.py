@@ -38,11 +38,12 @@ def measure_case(
     n_classes: int,  # without background
     spacing: Sequence[float] | None = None,  # mm, in the array's order; None: 1, so that distances are in voxels
     tolerance: float = 1.0,  # of surface Dice, mm; 1 is the Decathlon's for the hippocampus
-) -> pd.DataFrame:  # a row for each class: dice, surface_dice, hd95, truth_voxels, predicted_voxels
+    regions: Sequence[Sequence[int]] | None = None,  # the values that make up each region; None: every class is one
+) -> pd.DataFrame:  # a row for each class, or region: dice, surface_dice, hd95, truth_voxels, predicted_voxels
     "A mask against the truth, as the table above says."
     spacing, rows = spacing or [1.0] * truth.ndim, []
-    for label in range(1, n_classes + 1):
-        p, t = prediction == label, truth == label
+    for values in regions or [[k] for k in range(1, n_classes + 1)]:
+        p, t = np.isin(prediction, values), np.isin(truth, values)
         if not t.any(): figures = (np.nan,) * 3
         elif not p.any(): figures = (0.0, 0.0, float(np.linalg.norm(np.multiply(truth.shape, spacing))))
         else: figures = _measure_class(p, t, spacing, tolerance)
@@ -61,12 +62,13 @@ def measure_masks(
     patients: Sequence,  # one per case
     spacing: Sequence[float] | None = None,  # as in `measure_case`
     tolerance: float = 1.0,  # as in `measure_case`
-) -> pd.DataFrame:  # columns case, patient, class, and those of `measure_case`; a row for each case and class
+    regions: dict[str, Sequence[int]] | None = None,  # names to values, which are measured in the place of the classes and may overlap
+) -> pd.DataFrame:  # columns case, patient, class, and those of `measure_case`; a row for each case and class, or region
     "Every case and class."
-    rows = [measure_case(p, t, len(classes), spacing, tolerance).assign(case=name, patient=patient)
+    rows = [measure_case(p, t, len(classes), spacing, tolerance, regions and [*regions.values()]).assign(case=name, patient=patient)
             for p, t, name, patient in zip(predictions, truths, names, patients)]
     table = pd.concat(rows, ignore_index=True)
-    table.insert(0, "class", list(classes) * len(rows))
+    table.insert(0, "class", list(regions or classes) * len(rows))
     return table[["case", "patient", "class", *FIGURES, "truth_voxels", "predicted_voxels"]]
 
 # %% ../nbs/12e_masks.ipynb #b8af42e3

@@ -18,11 +18,11 @@ from .files import OnDisk, read_image, read_mask
 def _with_masks(
     name, names, patients, images, masks,
     values,  # numbers in the mask files to class numbers
-    classes, spacing, window, seed, cache, note,
+    classes, spacing, window, seed, cache, note, regions=None,
 ):
     "`Cases` of volumes and masks on disk."
     images, masks = OnDisk(images, read_image, cache, spacing=spacing, window=window), OnDisk(masks, read_mask, cache, spacing=spacing, values=values)
-    return Cases(name, 3, "segment", images, masks, classes, patients, split_by_patient(patients, (0.7, 0.1, 0.2), seed), names=names,
+    return Cases(name, 3, "segment", images, masks, classes, patients, split_by_patient(patients, (0.7, 0.1, 0.2), seed), names=names, regions=regions,
                  note=f"{len(names)} scans of {len(set(patients))} patients, none of them published as test cases: {note}")
 
 # %% ../nbs/02d_scans.ipynb #febf7435
@@ -86,7 +86,8 @@ def brats_cases(
     if len(marks) > 1: raise ValueError(f"{root} mixes years of BraTS that number their masks differently: give one of them")
     names, images = zip(*map(_brats_case, masks))
     return _with_masks("brats", list(names), [_brats_patient(c) for c in names], list(images), masks, _BRATS_VALUES[marks.pop()],
-                       ["oedema", "necrosis and non-enhancing", "enhancing"], spacing, None, seed, cache, "WT, TC and ET are classes from 1, 2 and 3 up")
+                       ["oedema", "necrosis and non-enhancing", "enhancing"], spacing, None, seed, cache, "WT, TC and ET are classes from 1, 2 and 3 up",
+                       {region: [*range(lowest, 4)] for region, lowest in BRATS_REGIONS.items()})
 
 # %% ../nbs/02d_scans.ipynb #c167de73
 def _dataset_json(root):
