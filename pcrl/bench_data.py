@@ -94,7 +94,7 @@ def monai_cache(
     "MONAI's cache, filled."
     from monai.data import PersistentDataset
     from monai.transforms import Compose, EnsureChannelFirst, LoadImage
-    cached = PersistentDataset([*map(str, paths)], Compose([LoadImage(image_only=True, dtype=np.int16), EnsureChannelFirst()]), cache_dir=folder)
+    cached = PersistentDataset([*map(str, paths)], Compose([LoadImage("NibabelReader", dtype=np.int16), EnsureChannelFirst(channel_dim="no_channel")]), cache_dir=folder)
     for i in range(len(cached)): cached[i]
     return cached
 
@@ -161,7 +161,7 @@ def read_rows(
 ) -> Iterator[dict]:  # name, ours, peer, ratio, better, conditions
     "Megavoxels read per second and core over MONAI."
     from monai.transforms import LoadImage
-    load = LoadImage(image_only=True)
+    load = LoadImage("NibabelReader")
     for ending, suffix in (("", ".nii.gz"), ("_plain", ".nii")):
         paths = write_volumes(folder / suffix[1:], 2, shape, suffix)
         def ours():

@@ -130,7 +130,7 @@ def run_seed(
     rows, masks = [], {}
     for arm, init in (("scratch", None), ("pcrl", runs / f"pretrain-seed{seed}")):
         metrics, masks[arm] = finetune(few, runs / f"{arm}-seed{seed}", init, story.width, story.tune_epochs, story.tune_bs, story.tune_lr,
-                                       story.tune_crop, story.tune_crops, story.tune_loss, seed, [TellProgress(tell, arm)], bar=False)
+                                       story.tune_crop, story.tune_crops, story.tune_loss, seed, cbs=[TellProgress(tell, arm)], bar=False)
         rows += [dict(data=data, arm=arm, seed=seed, metric=metric, value=float(value)) for metric, value in metrics.items()]
     if cases.task == "segment":
         fig = _overlays(cases.part("test"), masks)
