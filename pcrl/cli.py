@@ -332,7 +332,8 @@ def progress(
 @app.command()
 @one_sentence
 def store(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, searched with all its subfolders; with `--verify`, a store.")],
+    src: Annotated[Path, typer.Argument(metavar="SRC", help=(
+        "A folder of images, searched with all its subfolders; a data set as published, whose masks and test part are left out; with `--verify`, a store."))],
     dst: Annotated[Path | None, typer.Argument(metavar="DST", help="The store. One that is there is continued: what is in it is not read again.")] = None,
     preset: Annotated[str | None, typer.Option(help="Settings by the kind of image: `ct-lung`, `ct-abdomen`, `mri` or `xray`; options go before them.")] = None,
     dims: Annotated[int | None, typer.Option(min=2, max=3, help="2 for radiographs, 3 for CT and MRI, the default.")] = None,
@@ -347,13 +348,15 @@ def store(
 ):
     """Read a folder of images once into a store, or verify one. Exit code 0: all were read, 3: some were skipped, 1: none were read."""
     from pcrl import check as c, store as s
+    from pcrl.layouts import pretraining_sources
     if verify:
         with progress("Verifying") as tell: bad = c.verify_store(src, workers, tell)
         if len(bad): raise ValueError(f"{len(bad)} files of {src} are not as they were written, the first: {bad.file[0]} {bad.reason[0]}")
         return typer.echo(f"Whole: {src}")
     if dst is None: raise ValueError("there is no place for the store: give SRC and DST, or one store and --verify")
     settings = s.settings_for(preset, dims=dims, spacing=spacing, size=size, window=window, dtype=dtype, channels=channels)
-    with progress("Reading") as tell: made = s.build_store(src, dst, key=key, processes=workers, progress=tell, **settings)
+    sources, describe = pretraining_sources(src, settings["dims"])
+    with progress("Reading") as tell: made = s.build_store(sources, dst, describe=describe, key=key, processes=workers, progress=tell, **settings)
     typer.echo(f"Store:   {dst}, {len(made)} images of {len(set(made.patients))} patients")
     if len(made.skipped):
         typer.echo(f"Skipped: {len(made.skipped)} files, see {dst / 'skipped.csv'}")
