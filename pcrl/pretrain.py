@@ -31,7 +31,7 @@ from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
 from .store import Store, build_store
-from .guards import FiniteGuard
+from .guards import FiniteGuard, GrowthGuard
 from .runs import CosineDecay, EpochFigures, KeepBest, RunFolder, read_config
 from .unet import keep_freed_memory
 
@@ -137,7 +137,7 @@ def pretrain_learner(
     _check_crops(dls, dims, model.divisor)
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[dims - 2])
     figures = EpochFigures()
-    cbs = [MethodStep(seed), FiniteGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
+    cbs = [MethodStep(seed), FiniteGuard(), GrowthGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
     if torch.device(dls.device).type == "cpu": keep_freed_memory()
     if run is not None:
         cbs.append(RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
