@@ -171,7 +171,7 @@ class CropLoader(DataLoader):
     def __iter__(self):
         epoch, start, workers = self.epoch, self.batch, self.fake_l.num_workers
         self.fake_l.timeout = self.patience if workers else 0
-        self.reading = torch.full((workers, 2), -1).share_memory_()
+        self.reading, self.position = torch.full((workers, 2), -1).share_memory_(), (epoch, start)
         for k, batch in enumerate(super().__iter__(), start + 1):
             self.position = epoch, k
             yield batch

@@ -31,6 +31,7 @@ from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
 from .store import Store, build_store
+from .faults import GuardedLearner
 from .guards import FiniteGuard, GrowthGuard
 from .runs import CosineDecay, EpochFigures, KeepBest, RunFolder, read_config
 from .unet import keep_freed_memory
@@ -145,7 +146,7 @@ def pretrain_learner(
                                        **(notes or {}))))
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     shown = [ValueMetric(partial(figures.last, f"valid_{name}"), name) for name in SHOWN]
-    return Learner(dls, model, loss_func=MethodLoss(model), opt_func=sgd, lr=recipe.lr, metrics=shown, cbs=cbs)
+    return GuardedLearner(dls, model, loss_func=MethodLoss(model), opt_func=sgd, lr=recipe.lr, metrics=shown, cbs=cbs)
 
 # %% ../nbs/10_pretrain.ipynb #48847b0a
 def recipe_learner(

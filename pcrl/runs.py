@@ -28,6 +28,7 @@ from torch import nn
 from . import __version__
 from .checkpoints import Checkpoints, find_checkpoints, random_state, restore
 from .crops import set_epoch
+from .faults import GuardedLearner
 from .guards import FiniteGuard, GrowthGuard
 from .records import lock_folder, read_tensors, write_tensors, write_whole
 from .unet import UNet
@@ -380,4 +381,4 @@ def finetune_learner(
     cbs = [FiniteGuard(), GrowthGuard(), decay or CosineDecay(warmup=0.1), EpochFigures(), KeepBest(parts, patience)]
     if run is not None: cbs.append(RunFolder(run, settings))
     adam = partial(OptimWrapper, opt=torch.optim.Adam)
-    return Learner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)
+    return GuardedLearner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)
