@@ -32,6 +32,7 @@ from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
 from .store import Store, build_store
 from .faults import GuardedLearner
+from .forecast import Forecast
 from .guards import FiniteGuard, GrowthGuard
 from .runs import CosineDecay, EpochFigures, KeepBest, RunFolder, read_config
 from .unet import keep_freed_memory
@@ -141,9 +142,9 @@ def pretrain_learner(
     cbs = [MethodStep(seed), FiniteGuard(), GrowthGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
     if torch.device(dls.device).type == "cpu": keep_freed_memory()
     if run is not None:
-        cbs.append(RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
+        cbs += [Forecast(run), RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
                                        data=data, seed=seed, crop_size=sample.shape[2:], batch_size=dls.train.bs, steps_per_epoch=len(dls.train),
-                                       **(notes or {}))))
+                                       **(notes or {})))]
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     shown = [ValueMetric(partial(figures.last, f"valid_{name}"), name) for name in SHOWN]
     return GuardedLearner(dls, model, loss_func=MethodLoss(model), opt_func=sgd, lr=recipe.lr, metrics=shown, cbs=cbs)

@@ -29,6 +29,7 @@ from . import __version__
 from .checkpoints import Checkpoints, find_checkpoints, random_state, restore
 from .crops import set_epoch
 from .faults import GuardedLearner
+from .forecast import Forecast
 from .guards import FiniteGuard, GrowthGuard
 from .records import lock_folder, read_tensors, write_tensors, write_whole
 from .unet import UNet
@@ -379,6 +380,6 @@ def finetune_learner(
 ) -> Learner:
     "A Learner with Adam, warm-up and cosine, that keeps the epoch with the best validation loss."
     cbs = [FiniteGuard(), GrowthGuard(), decay or CosineDecay(warmup=0.1), EpochFigures(), KeepBest(parts, patience)]
-    if run is not None: cbs.append(RunFolder(run, settings))
+    if run is not None: cbs += [RunFolder(run, settings), Forecast(run)]
     adam = partial(OptimWrapper, opt=torch.optim.Adam)
     return GuardedLearner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)
