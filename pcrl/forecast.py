@@ -82,4 +82,4 @@ class Forecast(Callback):
         if len(self.ends) <= self.steps: return
         step = float(np.median(np.diff(self.ends)))
         if (left := seconds_left(self.learn, step)) >= self.least:
-            print(f"{step:.2g} s a step: about {_duration(left)} to go; {_size(run_size(self.learn))} of disk, of {_size(_room(self.folder))}")
+            print(f"\n{step:.2g} s a step: about {_duration(left)} to go; {_size(run_size(self.learn))} of disk, of {_size(_room(self.folder))}")
