@@ -40,7 +40,7 @@ def one_sentence(
         os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # in the demo's processes too
         warnings.formatwarning = lambda message, *_, **__: f"pcrl: {message}\n"
         try: return command(*args, **kwargs)
-        except (ValueError, OSError, FloatingPointError, ImportError) as e:
+        except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as e:
             sentence = str(e).rpartition("`:\n\t")[2]  # fastai puts the name of its callback before an error's own words
             typer.secho(f"pcrl: {sentence}", err=True, fg="red")
             raise typer.Exit(getattr(e, "exit_code", 1)) from None

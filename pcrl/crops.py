@@ -9,6 +9,7 @@ __all__ = ['SCALES', 'MIN_IOU', 'random_edges', 'box_iou', 'random_box', 'random
            'CropLoader', 'set_position', 'set_epoch', 'crop_loaders']
 
 # %% ../nbs/03_crops.ipynb #ad039c8c
+import os
 from collections.abc import Sequence
 from math import log
 import numpy as np, torch, torch.nn.functional as F
@@ -158,6 +159,8 @@ class CropLoader(DataLoader):
     "Batches `(crops,)` of `CropPairs`, crops (B, 2, C, [D,] H, W); which ones depends on the dataset's seed and on `epoch` alone."
     epoch, batch = 0, 0  # of which epoch, and from which of its batches on; `set_position` sets them
     position = 0, 0  # epoch and batch that come next in the pass last begun
+    patience = 600  # seconds to wait for a batch of a worker
+    reading = torch.empty(0, 2)  # for each worker its process and the index that it is reading, -1 between two
 
     def get_idxs(self):
         order = np.random.default_rng([self.dataset.seed, self.epoch]).permutation(self.n) if self.shuffle else range(self.n)
@@ -166,10 +169,22 @@ class CropLoader(DataLoader):
     def create_item(self, key): return (self.dataset[key],)
 
     def __iter__(self):
-        epoch, start = self.epoch, self.batch
+        epoch, start, workers = self.epoch, self.batch, self.fake_l.num_workers
+        self.fake_l.timeout = self.patience if workers else 0
+        self.reading, self.position = torch.full((workers, 2), -1).share_memory_(), (epoch, start)
         for k, batch in enumerate(super().__iter__(), start + 1):
             self.position = epoch, k
             yield batch
+
+# %% ../nbs/03_crops.ipynb #18bcadb7
+@patch
+def do_item(self: CropLoader, key):
+    "The item; in a worker, noted while it is read."
+    if not len(self.reading): return DataLoader.do_item(self, key)
+    self.reading[self.offs] = torch.tensor((os.getpid(), key[1]))
+    item = DataLoader.do_item(self, key)
+    self.reading[self.offs, 1] = -1
+    return item
 
 # %% ../nbs/03_crops.ipynb #fa4608cb
 def set_position(

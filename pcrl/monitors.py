@@ -109,6 +109,9 @@ class CollapseMonitor(Callback):
                 self.causes[name] = f"epochs {rows[-self.patience]['epoch']} to {rows[-1]['epoch']}: {cause}"
                 warnings.warn(self.causes[name], CollapseWarning, stacklevel=2)
 
+    def run_state(self): return dict(causes=self.causes)
+    def load_run_state(self, state): self.causes = dict(state["causes"])
+
 # %% ../nbs/09c_monitors.ipynb #e073b162
 def run_scale(
     learn,  # a fastai Learner, its model with an `encoder`, and perhaps a `queue` and a `recipe`

@@ -31,7 +31,9 @@ from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
 from .store import Store, build_store
-from .guards import FiniteGuard
+from .faults import GuardedLearner
+from .forecast import Forecast
+from .guards import FiniteGuard, GrowthGuard
 from .runs import CosineDecay, EpochFigures, KeepBest, RunFolder, read_config
 from .unet import keep_freed_memory
 
@@ -137,15 +139,15 @@ def pretrain_learner(
     _check_crops(dls, dims, model.divisor)
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[dims - 2])
     figures = EpochFigures()
-    cbs = [MethodStep(seed), FiniteGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
+    cbs = [MethodStep(seed), FiniteGuard(), GrowthGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
     if torch.device(dls.device).type == "cpu": keep_freed_memory()
     if run is not None:
-        cbs.append(RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
+        cbs += [Forecast(run), RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
                                        data=data, seed=seed, crop_size=sample.shape[2:], batch_size=dls.train.bs, steps_per_epoch=len(dls.train),
-                                       **(notes or {}))))
+                                       **(notes or {})))]
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     shown = [ValueMetric(partial(figures.last, f"valid_{name}"), name) for name in SHOWN]
-    return Learner(dls, model, loss_func=MethodLoss(model), opt_func=sgd, lr=recipe.lr, metrics=shown, cbs=cbs)
+    return GuardedLearner(dls, model, loss_func=MethodLoss(model), opt_func=sgd, lr=recipe.lr, metrics=shown, cbs=cbs)
 
 # %% ../nbs/10_pretrain.ipynb #48847b0a
 def recipe_learner(

@@ -28,7 +28,9 @@ from torch import nn
 from . import __version__
 from .checkpoints import Checkpoints, find_checkpoints, random_state, restore
 from .crops import set_epoch
-from .guards import FiniteGuard
+from .faults import GuardedLearner
+from .forecast import Forecast
+from .guards import FiniteGuard, GrowthGuard
 from .records import lock_folder, read_tensors, write_tensors, write_whole
 from .unet import UNet
 
@@ -377,7 +379,7 @@ def finetune_learner(
     splitter: Callable = trainable_params,  # the model's groups of weights, each with its own rate
 ) -> Learner:
     "A Learner with Adam, warm-up and cosine, that keeps the epoch with the best validation loss."
-    cbs = [FiniteGuard(), decay or CosineDecay(warmup=0.1), EpochFigures(), KeepBest(parts, patience)]
-    if run is not None: cbs.append(RunFolder(run, settings))
+    cbs = [FiniteGuard(), GrowthGuard(), decay or CosineDecay(warmup=0.1), EpochFigures(), KeepBest(parts, patience)]
+    if run is not None: cbs += [RunFolder(run, settings), Forecast(run)]
     adam = partial(OptimWrapper, opt=torch.optim.Adam)
-    return Learner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)
+    return GuardedLearner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)

@@ -76,7 +76,9 @@ class Store(Sequence):
 
     def __getitem__(self, i):
         if not -len(self) <= i < len(self): raise IndexError(f"image {i} of a store of {len(self)}")
-        return np.load(self.path / self._files[i], mmap_mode="r")
+        return np.load(self.file(i), mmap_mode="r")
+
+    def file(self, i: int) -> Path: return self.path / self._files[i]
 
     @cached_property
     def _files(self): return self.manifest.file.tolist()
