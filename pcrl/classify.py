@@ -74,7 +74,7 @@ def _check_shapes(cases: Cases):
     if isinstance(images, OnDisk) and (images.settings.get("size") or images.cache is None): return
     for name, image in zip(cases.names, images):
         if image.shape != images[0].shape:
-            raise ValueError(f"{cases.name} has images of shapes {images[0].shape} ({cases.names[0]}) and {image.shape} ({name}): crop or pad them to one, for a batch")
+            raise ValueError(f"{cases.name} has images of shape {images[0].shape}, as in case {cases.names[0]}, and of {image.shape}, as in case {name}: bring them to one")
 
 # %% ../nbs/12_classify.ipynb #d6cde3c5
 def classify_loaders(

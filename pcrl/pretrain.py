@@ -218,7 +218,7 @@ def pretraining_parts(
     part = np.array(split_by_patient(seen.patients, (1 - valid, valid, 0.0), seed) if len(seen) else [])
     train, watched = (seen.part(np.flatnonzero(part == name)) for name in ("train", "valid"))
     if not train or not watched:
-        raise ValueError(f"{store.path} has {len(set(seen.patients))} patient(s) to learn from: too few to keep some for validation")
+        raise ValueError(f"{store.path} has {len(set(seen.patients))} patient(s) to learn from: too few to keep {valid:.0%} for validation, give more or a larger share")
     return train, watched
 
 

@@ -80,7 +80,7 @@ def _check_masks(cases: Cases):
     if isinstance(cases.targets, OnDisk): return
     for name, image, mask in zip(cases.names, cases.images, cases.targets):
         if mask.shape != image.shape[1:]: raise ValueError(f"{cases.name}: the mask of {name} has shape {mask.shape}, its image {image.shape[1:]}: they must cover the same grid")
-        if len(image) != len(cases.images[0]): raise ValueError(f"{cases.name}: {name} has {len(image)} channel(s), {cases.names[0]} {len(cases.images[0])}: give images of one kind")
+        if len(image) != len(cases.images[0]): raise ValueError(f"{cases.name}: image {name} has {len(image)} channel(s), image {cases.names[0]} has {len(cases.images[0])}: give images of one kind")
         if len(strange := mask[~np.isin(mask, range(1 + len(cases.classes)))]):
             raise ValueError(f"{cases.name}: the mask of {name} has the value {strange[0]:g}, which is none of 0 to {len(cases.classes)} ({', '.join(cases.classes)}): mend it or name the class")
     if not any(np.any(mask) for mask in cases.part("train").targets):

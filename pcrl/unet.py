@@ -244,7 +244,7 @@ def _check_images(
     channels, *size = images.shape[1:]
     if len(size) != dims or channels != in_channels:
         raise ValueError(f"images of shape {tuple(images.shape)} given to "
-                         f"a {dims}D network with {in_channels} input channel(s)")
+                         f"a {dims}D network with {in_channels} input channel(s): give images that suit it, or build another")
     if any(side % divisor for side in size):
         raise ValueError(f"images of {' x '.join(map(str, size))} cannot be halved {divisor.bit_length() - 1} times: "
                          f"choose sides that are multiples of {divisor}")
