@@ -48,9 +48,9 @@ def _own_labels(path, table):
         return table["class"].map(classes.index).to_numpy(np.int64), classes
     names = [c for c in table if c not in ("image", "patient", "split", "source")]
     if not names: raise ValueError(f"{path} needs a column of 0 and 1 for each label, or one column 'class' with names")
-    strange = table.set_index("image")[names].stack().loc[lambda values: ~values.isin([0, 1]) & values.notna()]
-    if len(strange):
-        raise ValueError(f"{path} has {strange.iloc[0]} as the label {strange.index[0][1]} of {strange.index[0][0]}: give 0, 1 or nothing, or one column 'class' with names")
+    for name in names:
+        strange = table[~table[name].isin([0, 1]) & table[name].notna()]
+        if len(strange): raise ValueError(f"{path} has {strange[name].iloc[0]} as the label {name} of {strange.image.iloc[0]}: give 0, 1 or nothing, or one column 'class' with names")
     return table[names].to_numpy(np.float32), names
 
 # %% ../nbs/02a_folders.ipynb #f970c418
