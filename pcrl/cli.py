@@ -222,9 +222,11 @@ def finetune(
 ):
     """Finetune to labels or masks, keep the best epoch, and measure on the test cases; three times by default, for the spread."""
     from pcrl.checkpoints import StopOnSignal
+    from pcrl.classify import check_init
     from pcrl.layouts import open_cases, prepare_cases
     from pcrl.repeats import finetune_repeats, spread
     crop = parse_crop(crop, dims)
+    check_init(init, dims)
     cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed, cache or out.with_name(f"{out.name}-cases"), split)
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")

@@ -130,16 +130,17 @@ class CropPairs:
         self.pairs_per_image, self.seed, self.tries = pairs_per_image, seed, tries
         self.air, self.max_air, self.margin = air, max_air, margin
         if air is not None and dims != 3: raise ValueError(f"air is rejected in 3D only, these images are {dims}D: leave air out")
-        for i, shape in enumerate(shapes): _check_fits(i, shape, self.size)
+        for i, shape in enumerate(shapes): _check_fits(i, shape, self.size, shapes[0][0])
 
     def __len__(self): return len(self.images) * self.pairs_per_image
 
 # %% ../nbs/03_crops.ipynb #35229d74
-def _check_fits(index, shape, size):
+def _check_fits(index, shape, size, channels):
     axes = "(C, D, H, W)" if len(size) == 3 else "(C, H, W)"
     if len(shape) != len(size) + 1: raise ValueError(f"image {index} has shape {shape}: crops of size {size} need {axes}")
     if any(n < s for n, s in zip(shape[1:], size)):
         raise ValueError(f"image {index} has shape {shape}, smaller than a crop of {size}: leave it out, pad it or take smaller crops")
+    if shape[0] != channels: raise ValueError(f"image {index} has {shape[0]} channel(s), image 0 has {channels}: give images of one kind")
 
 # %% ../nbs/03_crops.ipynb #1666b4e6
 @patch

@@ -28,7 +28,7 @@ def folder_table(
     table = pd.read_csv(path, dtype=dict.fromkeys(["image", "patient", "split", "class"], str)) if path.is_file() else pd.DataFrame(dict(image=list(sources)))
     if "image" not in table: raise ValueError(f"{path} has no column 'image': name there each file below images/")
     if missing := sorted(set(table.image.fillna("")) - set(sources)):
-        raise ValueError(f"{path} names {missing[0]}, which is not below {root / 'images'} ({len(missing)} such in all)")
+        raise ValueError(f"{path} names {missing[0]}, which is not below {root / 'images'} ({len(missing)} such in all): mend the name, or give other dims")
     if "split" in table and (odd := set(table.split) - {"train", "valid", "test"}):
         raise ValueError(f"{path} has the split {sorted(map(str, odd))[0]!r}: use train, valid and test")
     if "patient" in table and table.patient.isna().any():
@@ -47,8 +47,10 @@ def _own_labels(path, table):
         classes = sorted(set(table["class"]))
         return table["class"].map(classes.index).to_numpy(np.int64), classes
     names = [c for c in table if c not in ("image", "patient", "split", "source")]
-    if not names or not (table[names].isin([0, 1]) | table[names].isna()).to_numpy().all():
-        raise ValueError(f"{path} needs a column of 0 and 1 for each label, or one column 'class' with names")
+    if not names: raise ValueError(f"{path} needs a column of 0 and 1 for each label, or one column 'class' with names")
+    for name in names:
+        strange = table[~table[name].isin([0, 1]) & table[name].notna()]
+        if len(strange): raise ValueError(f"{path} has {strange[name].iloc[0]} as the label {name} of {strange.image.iloc[0]}: give 0, 1 or nothing, or one column 'class' with names")
     return table[names].to_numpy(np.float32), names
 
 # %% ../nbs/02a_folders.ipynb #f970c418

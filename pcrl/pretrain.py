@@ -77,13 +77,15 @@ def queue_size_for(
 
 # %% ../nbs/10_pretrain.ipynb #d59d30d3
 def _check_crops(dls: DataLoaders, dims: int, divisor: int):
-    "Refuse crops that the network cannot halve or the transforms cannot turn."
-    _, _, *size = dls.train.dataset[0, 0].shape
+    "Refuse crops that the network cannot halve or the transforms cannot turn, and batches of one."
+    (_, channels, *size), (_, watched, *_) = (dl.dataset[0, 0].shape for dl in (dls.train, dls.valid))
     shown = " x ".join(map(str, size))
     if len(size) != dims: raise ValueError(f"the loaders give {len(size)}D crops ({shown}), but dims={dims} was asked for")
     if any(s % divisor for s in size):
         raise ValueError(f"crops of {shown} do not suit the {dims}D network: choose sides that are multiples of {divisor}")
     if size[-1] != size[-2]: raise ValueError(f"crops of {shown} cannot be turned by 90 degrees: the two last sides must be equal")
+    if watched != channels: raise ValueError(f"images for validation have {watched} channel(s), those to learn from {channels}: give images of one kind")
+    if dls.train.bs == 1: raise ValueError("a batch of one crop pair is too small for BatchNorm, and has nothing to contrast: give bs 2 or more")
 
 
 def _check_queue(queue_size: int, crops: int):
@@ -218,7 +220,7 @@ def pretraining_parts(
     part = np.array(split_by_patient(seen.patients, (1 - valid, valid, 0.0), seed) if len(seen) else [])
     train, watched = (seen.part(np.flatnonzero(part == name)) for name in ("train", "valid"))
     if not train or not watched:
-        raise ValueError(f"{store.path} has {len(set(seen.patients))} patient(s) to learn from: too few to keep some for validation")
+        raise ValueError(f"{store.path} has {len(set(seen.patients))} patient(s) to learn from: too few to keep {valid:.0%} for validation, give more or a larger share")
     return train, watched
 
 

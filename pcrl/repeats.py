@@ -108,7 +108,7 @@ def finetune_repeats(
             if resume and not begun: (run / "config.json").unlink(missing_ok=True)  # stopped before its first checkpoint
             metrics, _ = finetune(few, run, init, seed=s, resume=resume and begun, **settings)
             return metrics, time.perf_counter() - start
-        ratio = round(few.split.count("train") / cases.split.count("train"), 4)
+        ratio = round(few.split.count("train") / max(1, cases.split.count("train")), 4)
         results.add(make, data=cases.name, split=split_id(cases), ratio=ratio, seed=s, **_origin(init))
     split = write_split(cases, out / "split.csv", "as given")
     report = repeats_report(cases, results.table, [*runs.values()], split)

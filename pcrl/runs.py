@@ -278,10 +278,11 @@ def read_config(
 ) -> dict:
     """A run's `config.json`.
 
-    Raises FileNotFoundError if the folder is not a run, ValueError if it was written by a newer version."""
+    Raises FileNotFoundError if the folder is not a run, ValueError if its config is not whole or was written by a newer version."""
     path = Path(run) / "config.json"
     if not path.exists(): raise FileNotFoundError(f"{run} is not a run folder: it has no config.json")
-    config = json.loads(path.read_text())
+    try: config = json.loads(path.read_text())
+    except ValueError: raise ValueError(f"{path} is not whole: take another copy of the run, or run it anew") from None
     if (schema := config.get("schema", 1)) > 1: raise ValueError(f"{run} was written by a newer version of pcrl (schema {schema}, this one reads 1): take that version")
     return config
 
@@ -326,7 +327,9 @@ def load_weights_(
     Raises FileNotFoundError if the folder is not a run or has no weights yet, ValueError if the run's network is another one."""
     config, run = read_config(run), Path(run)
     theirs, ours = ({k: c[k] for k in ("dims", "in_channels", "width", "norm", "backbone")} for c in (_net_config(config), net.config))
-    if theirs != ours: raise ValueError(f"{run} has a network of {theirs}, but {ours} is asked for: choose the run's own")
+    if differ := [k for k in ours if theirs[k] != ours[k]]:
+        told = lambda net: ", ".join(f"{k} {net[k]}" for k in differ)
+        raise ValueError(f"{run} has a network of {told(theirs)}, but {told(ours)} is asked for: choose the run's own")
     for part in parts:
         if not (run / f"{part}.safetensors").exists():
             raise FileNotFoundError(f"{run} has no {part}.safetensors: it has no decoder, or its first epoch did not end yet")

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from .classify import LabelledLoader, load_init_
 from .datasets import Cases
+from .files import OnDisk
 from .runs import finetune_learner
 from .schedules import schedule_settings
 from .transforms import to_unit
-from .unet import UNet
+from .unet import UNet, check_batch
 
 # %% ../nbs/13_segment.ipynb #a8e9f141
 def _foreground(mask: np.ndarray) -> list[np.ndarray]:
@@ -73,6 +74,18 @@ class LabelledCrops:
         pad = [p for have, want in zip(mask.shape[::-1], self.size[::-1]) for p in (0, want - have)]
         return F.pad(image, pad), F.pad(mask, pad)
 
+# %% ../nbs/13_segment.ipynb #17477939
+def _check_masks(cases: Cases):
+    "Refuse masks in memory that have values that no class has, or do not lie on their images, and a train part without foreground."
+    if isinstance(cases.targets, OnDisk): return
+    for name, image, mask in zip(cases.names, cases.images, cases.targets):
+        if mask.shape != image.shape[1:]: raise ValueError(f"{cases.name}: the mask of {name} has shape {mask.shape}, its image {image.shape[1:]}: they must cover the same grid")
+        if len(image) != len(cases.images[0]): raise ValueError(f"{cases.name}: image {name} has {len(image)} channel(s), image {cases.names[0]} has {len(cases.images[0])}: give images of one kind")
+        if len(strange := mask[~np.isin(mask, range(1 + len(cases.classes)))]):
+            raise ValueError(f"{cases.name}: the mask of {name} has the value {strange[0]:g}, which is none of 0 to {len(cases.classes)} ({', '.join(cases.classes)}): mend it or name the class")
+    if not any(np.any(mask) for mask in cases.part("train").targets):
+        raise ValueError(f"{cases.name} has nothing but background in its train masks: there is nothing to learn")
+
 # %% ../nbs/13_segment.ipynb #1cff66fc
 def segment_loaders(
     cases: Cases,  # with a "train" and a "valid" part; task "segment"
@@ -85,10 +98,11 @@ def segment_loaders(
 ) -> DataLoaders:  # of (images (B, C, [D,] H, W), masks (B, [D,] H, W))
     """DataLoaders for finetuning; validation always sees the same crops, one or more of each valid case.
 
-    Raises ValueError if a part is empty."""
+    Raises ValueError if a part is empty, or a mask has a value or a shape that does not fit."""
     train, valid = cases.part("train"), cases.part("valid")
     if not len(train) or not len(valid):
         raise ValueError(f"{cases.name} has {len(train)} train and {len(valid)} valid cases: finetuning needs 1 of each at least")
+    _check_masks(cases)
     share = lambda n, part: max(1, n // len(part))
     train = LabelledCrops(train, size, share(crops_per_epoch, train), foreground, seed)
     valid = LabelledCrops(valid, size, share(crops_per_epoch // 2, valid), foreground, seed)
@@ -135,11 +149,13 @@ def segment_learner(
 ) -> Learner:  # ready for `fit`
     """A Learner that finetunes the whole U-Net to masks.
 
-    Raises FileNotFoundError if there is no `init`, ValueError if its network is another one or the loss has no such name."""
+    Raises FileNotFoundError if there is no `init`, ValueError if its network is another one, the loss has no such name, or the batches do not suit the network."""
     if loss not in LOSSES: raise ValueError(f"there is no loss {loss!r}: choose one of {', '.join(LOSSES)}")
-    _, channels, *size = dls.train.one_batch()[0].shape
+    images = dls.train.one_batch()[0]
+    _, channels, *size = images.shape
     torch.manual_seed(seed)
     model = UNet(len(size), channels, width, out_channels=1 + len(classes), **(net or {}))
+    check_batch(model, images)
     load_init_(model, init, decoder=True)
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[len(size) - 2])
     settings = dict(title=f"segmentation of {', '.join(classes)}", task="segment", dims=len(size), in_channels=channels,

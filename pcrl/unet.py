@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/unet.html.md"""
 
 # %% auto #0
 __all__ = ['RESNETS', 'norm_layer', 'ResNetEncoder', 'TimmEncoder', 'conv_norm_relu', 'UNet3DEncoder', 'UpBlock', 'Decoder',
-           'UNet', 'keep_freed_memory']
+           'UNet', 'check_batch', 'keep_freed_memory']
 
 # %% ../nbs/05_unet.ipynb #7c2401ab
 import ctypes
@@ -244,7 +244,7 @@ def _check_images(
     channels, *size = images.shape[1:]
     if len(size) != dims or channels != in_channels:
         raise ValueError(f"images of shape {tuple(images.shape)} given to "
-                         f"a {dims}D network with {in_channels} input channel(s)")
+                         f"a {dims}D network with {in_channels} input channel(s): give images that suit it, or build another")
     if any(side % divisor for side in size):
         raise ValueError(f"images of {' x '.join(map(str, size))} cannot be halved {divisor.bit_length() - 1} times: "
                          f"choose sides that are multiples of {divisor}")
@@ -291,6 +291,18 @@ class UNet(nn.Module):
     def _check_input(self, _, args): _check_images(args[0], self.dims, self.in_channels, self.divisor)
 
     def forward(self, x: Tensor) -> Tensor: return self.decoder(self.encoder(x))  # (B, C, [D,] H, W), same size out
+
+# %% ../nbs/05_unet.ipynb #08913300
+def check_batch(
+    net: UNet,
+    images: Tensor,  # the first batch of a training, (B, C, [D,] H, W)
+):
+    """Refuse a batch that a network cannot be trained with.
+
+    Raises ValueError for images of other dimensions or channels, sides that cannot be halved, and one image alone where there is BatchNorm."""
+    _check_images(images, net.dims, net.in_channels, net.divisor)
+    if len(images) == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules()):
+        raise ValueError("a batch of one image is too small for BatchNorm: give bs 2 or more, or a network of norm 'group'")
 
 # %% ../nbs/05_unet.ipynb #4c114239
 def keep_freed_memory() -> bool:  # whether it was done: it needs glibc

@@ -44,12 +44,13 @@ def held_out_crops(
 ) -> Tensor:  # (B, 2, C, [D,] H, W), in the store's dtype
     """Two crops of each of up to `IMAGES` images, cut by the run's own rules.
 
-    Raises ValueError for a run that does not say what it was trained on, FileNotFoundError if its store is gone."""
+    Raises ValueError for a run that does not say what it was trained on or a store of other dims, FileNotFoundError if its store is gone."""
     config = read_config(run)
     if "loaders" not in config: raise ValueError(f"{run} does not say what it was trained on: `pcrl pretrain` writes that into config.json")
     if store is None and not (Path(config["store"]) / "manifest.csv").exists():
         raise FileNotFoundError(f"the store {config['store']} of {run} is gone: name another with --store")
     images = Store(store or config["store"])
+    if images.dims != config["dims"]: raise ValueError(f"{images.path} is a {images.dims}D store, but {run} was pretrained in {config['dims']}D: name another with --store")
     if store is None: images = pretraining_parts(images, config["valid"], config["seed"])[1]
     order = np.random.default_rng(config["seed"]).permutation(len(images))[:IMAGES]
     return pair_of_each([images[i] for i in order], config["loaders"], config["seed"])

@@ -9,13 +9,14 @@ __all__ = ['read_state_dict', 'match_names', 'to_channels', 'LoadReport', 'encod
            'load_imagenet']
 
 # %% ../nbs/09e_weights.ipynb #8bddc735
-import os, re, warnings
+import os, pickletools, re, warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
+from zipfile import ZipFile, is_zipfile
 
 import pandas as pd, torch
 from torch import Tensor, nn
@@ -25,14 +26,28 @@ from .runs import read_config
 from .unet import RESNETS, UNet
 
 # %% ../nbs/09e_weights.ipynb #aa5b533d
+def _named_code(file: Path) -> str | None:
+    "The first function or class, none of torch's own, that a pickle of protocol 4 or later names; its instructions are listed, not followed."
+    said = []
+    try:
+        with ZipFile(file) if is_zipfile(file) else open(file, "rb") as f:
+            if isinstance(f, ZipFile): f = f.open(next(n for n in f.namelist() if n.endswith("data.pkl")))
+            for op, given, _ in pickletools.genops(f):
+                if isinstance(given, str): said.append(given)
+                name = ".".join(said[-2:])
+                if op.name == "STACK_GLOBAL" and not name.startswith(("torch.", "collections.OrderedDict")): return name
+    except Exception: return None  # of many kinds, where the bytes are no pickle
+
+
 def _read_torch(file: Path):
     "What `torch.save` wrote, in its old or new format: tensors, plain containers, and the options of a command line."
     try:
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([Namespace]), open(file, "rb") as f:
+            return torch.load(f, map_location="cpu", weights_only=True)  # given a name, torch goes by its suffix
     except Exception as e:  # of many kinds, where the bytes are no such file
-        if code := re.search(r"GLOBAL ([\w.]+)|TorchScript", str(e)):
-            raise ValueError(f"{file} carries code ({code[1] or code[0]}) and was not opened: ask for its tensors alone, as safetensors") from None
+        code = re.search(r"GLOBAL ([\w.]+)|TorchScript", str(e))
+        if code := code and (code[1] or code[0]) or _named_code(file):
+            raise ValueError(f"{file} carries code ({code}) and was not opened: ask for its tensors alone, as safetensors") from None
         raise ValueError(f"{file} is not a whole file of tensors, neither of safetensors nor of torch: take another copy of it") from None
 
 # %% ../nbs/09e_weights.ipynb #67800802

@@ -180,7 +180,7 @@ def test_bad_input_gets_one_sentence(run, slices, tmp_path):
     assert "no recipe 'best'" in complaint("pretrain", slices / "images", "--out", out, "--recipe", "best", *SMALL_2D)
     assert "multiples of 32" in complaint("pretrain", slices / "images", "--out", out, "--dims", 2, "--crop", "40x40", "--size", 64, "--width", 4, "--bs", 4)
     assert "is not 2 sizes" in complaint("pretrain", slices / "images", "--out", out, "--dims", 2, "--crop", "40", "--size", 64)
-    assert "'width': 4" in complaint("finetune", slices, "--out", out, "--dims", 2, "--crop", "64x64", "--init", run, "--width", 8)
+    assert "width 4, but width 8" in complaint("finetune", slices, "--out", out, "--dims", 2, "--crop", "64x64", "--init", run, "--width", 8)
     assert "not empty" in complaint("demo", "--out", tmp_path / "mine")
     assert "no run to continue" in complaint("pretrain", slices / "images", "--out", tmp_path / "new", "--resume", *SMALL_2D)
     assert not out.exists() and [p.name for p in (tmp_path / "mine").iterdir()] == ["note.txt"]
