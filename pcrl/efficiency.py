@@ -134,6 +134,8 @@ def efficiency_figure(
         ax.errorbar(curve.labelled * shift, mean, reach, marker="o", ms=4, lw=1.2, capsize=3, color=color, label=name)
     ax.set(xscale="log", xlabel="labelled cases", ylabel=curve.metric.iloc[0])
     ax.set_xticks(curve.labelled, curve.labelled); ax.minorticks_off(); ax.grid(lw=0.3); ax.legend(fontsize=8)
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, 0), min(high, 1.02))  # an interval may reach further; no AUC or Dice does
     return fig
 
 # %% ../nbs/18f_efficiency.ipynb #f9e88d2b

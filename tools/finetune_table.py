@@ -14,7 +14,7 @@ from pcrl.cases import Cases
 from pcrl.reproduce import compare, outcome_sentence
 
 root, METHODS = Path(__file__).resolve().parent.parent, (("scratch", "none"), ("pcrl", "robust"))
-CELLS = dict(  # labelled cases, and what else than at the small scale it takes for a strong start from scratch with so many
+CELLS = dict(  # labelled cases, and what is other than at the small scale: all cases of a set want more crops, or fewer epochs
     adrenalmnist3d={24: {}, 119: {}, 1188: dict(tune_epochs=6)},
     nih_cxr14_subset={14: {}, 27: {}, 273: {}},
     hippocampus={1: {}, 2: {}, 5: {}, 11: {}, 108: dict(tune_crops=216)})
