@@ -2,11 +2,11 @@ PYTHON ?= python3
 min_python := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 in_venv := . .venv/bin/activate &&
 
-.PHONY: help setup demo results test test-slow kill-resume fuzz export readme docs why ablations bench
+.PHONY: help setup demo results test test-slow kill-resume fuzz export readme docs why ablations finetune-table bench
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/.installed  ## install everything into .venv, once
 
@@ -55,6 +55,9 @@ ablations: setup  ## make Tables 1 and 2 of the paper again, runs in ablations/,
 	mkdir -p ablations; test -e ablations/ablations.csv || cp results/ablations.csv ablations/
 	$(in_venv) export OMP_NUM_THREADS=1; pcrl reproduce table1 --out ablations && pcrl reproduce table2 --out ablations
 	cp ablations/ablations.csv results/
+
+finetune-table: setup  ## measure PCRL against scratch with few, 10 % and all labels, runs in finetune/, table in results/finetune.csv; reads PCRL_DATA, hours on a CPU
+	$(in_venv) OMP_NUM_THREADS=1 python tools/finetune_table.py
 
 bench: setup  ## measure speed and memory beside floors and peers, tables and charts in results/
 	$(in_venv) python -m pip install -q -c constraints.txt -e '.[bench]'

@@ -6,8 +6,8 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Split', 'Out', 'Epochs', 'Resume', 'Every', 'main',
-           'one_sentence', 'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'split', 'finetune', 'predict',
-           'compare', 'export', 'bench', 'reproduce', 'progress', 'store', 'check']
+           'one_sentence', 'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'split', 'name_each', 'ManyRatios',
+           'finetune', 'predict', 'compare', 'export', 'bench', 'reproduce', 'progress', 'store', 'check']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import os, warnings
@@ -186,8 +186,27 @@ def split(
     for part in sorted(set(cases.split)): typer.echo(f"{part:11} {cases.split.count(part):7} cases of {len(set(cases.part(part).patients))} patients")
     typer.echo(f"Split {name}: {out}")
 
+# %% ../nbs/20_cli.ipynb #225725e7
+def name_each(
+    args: list[str],  # of a command
+    option: str,
+) -> list[str]:  # `--ratios 0.1 1` as `--ratios 0.1 --ratios 1`
+    "Give the option's name to all numbers that follow it."
+    named, many = [], False
+    for arg in args:
+        number = arg.replace(".", "", 1).isdigit()
+        if many and number and named[-1] != option: named.append(option)
+        named.append(arg)
+        many = arg == option or many and number
+    return named
+
+
+class ManyRatios(typer.core.TyperCommand):
+    "A command that takes `--ratios 0.01 0.1 1`."
+    def parse_args(self, ctx, args): return super().parse_args(ctx, name_each(args, "--ratios"))
+
 # %% ../nbs/20_cli.ipynb #e6d987d3
-@app.command()
+@app.command(cls=ManyRatios)
 @one_sentence
 def finetune(
     src: Annotated[Path, typer.Argument(metavar="SRC", help=(
@@ -202,6 +221,10 @@ def finetune(
     repeats: Annotated[int, typer.Option(min=1, help="Runs, each with its own seed, in OUT/seed0, OUT/seed1, ...; one run is OUT itself.")] = 3,
     dims: Dims = 3,
     labelled: Annotated[int | None, typer.Option(min=1, help="Use so few labelled training cases, drawn by patient for each repeat; all if left out.")] = None,
+    ratios: Annotated[list[float] | None, typer.Option(metavar="R R...", help=(
+        "How many labels pretraining saves: finetune with each of these shares of the training cases, such as `0.01 0.1 1`, in OUT/RUN-12, OUT/scratch-12, ..."))] = None,
+    compare: Annotated[str | None, typer.Option(metavar="RUN|FILE|imagenet|scratch", help=(
+        "With `--ratios`: what else to start from, to set beside `--init`; `scratch` if left out."))] = None,
     epochs: Epochs = 50,
     crop: Crop = None,
     bs: Annotated[int, typer.Option(min=2, help="Images or crops in a batch.")] = 4,
@@ -223,16 +246,22 @@ def finetune(
     """Finetune to labels or masks, keep the best epoch, and measure on the test cases; three times by default, for the spread."""
     from pcrl.checkpoints import StopOnSignal
     from pcrl.classify import check_init
+    from pcrl.efficiency import label_efficiency
     from pcrl.layouts import open_cases, prepare_cases
     from pcrl.repeats import finetune_repeats, spread
+    if ratios and labelled: raise ValueError("--ratios and --labelled do not go together: each says how many training cases are used")
+    if compare and not ratios: raise ValueError("--compare needs --ratios, such as --ratios 0.1 1; runs that are there already are compared by `pcrl compare`")
     crop = parse_crop(crop, dims)
-    check_init(init, dims)
+    for source in (init, compare): check_init(source, dims)
     cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed, cache or out.with_name(f"{out.name}-cases"), split)
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
-    results = finetune_repeats(cases, out, repeats, seed, labelled, init, width=width, epochs=epochs, bs=bs, lr=lr, crop=crop, loss=loss,
-                               schedule=schedule, patience=patience, weighted=class_weights, backbone=backbone, cbs=[StopOnSignal()], every=every, resume=resume)
-    typer.echo(spread(results).round(3).to_string(index=False))
+    settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=crop, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,
+                    backbone=backbone, cbs=[StopOnSignal()], every=every, resume=resume)
+    if ratios: table, told = label_efficiency(cases, out, ratios, repeats, seed, init, compare or "scratch", **settings)
+    else: table, told = spread(finetune_repeats(cases, out, repeats, seed, labelled, init, **settings)), ""
+    typer.echo(table.round(3).to_string(index=False))
+    if told: typer.echo(told)
     typer.echo(f"on {cases.split.count('test')} test cases. Report: {out / 'report.md'}")
 
 # %% ../nbs/20_cli.ipynb #51d1571f

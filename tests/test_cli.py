@@ -145,6 +145,26 @@ def test_finetune_to_labels_in_repeats_and_compare(run, labelled, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_how_many_labels_pretraining_saved(run, labelled, tmp_path):
+    "The issue's spelling of several ratios, what is refused before anything is read or trained, and a curve that gets another ratio."
+    shared = ["finetune", labelled, "--init", run, "--dims", 2, "--size", 64, "--epochs", 1, "--lr", 0.003, "--repeats", 1, "--compare", "scratch"]
+    for wrong, sentence in ((["--ratios", 0.01, 1], "finetuning needs 2"), (["--ratios", 0.5, 2], "2 is no share"), (["--ratios", 0.5, "--labelled", 2], "do not go together"),
+                            ([], "--compare needs --ratios"), (["--ratios", 0.5, 1, "--init", "scratch"], "both arms start from scratch")):
+        assert sentence in complaint(*shared, "--out", tmp_path / "none", *wrong)
+    assert not (tmp_path / "none").exists()
+    out = pcrl(*shared, "--out", tmp_path / "curve", "--ratios", 0.5, 1)
+    assert "Nothing is claimed from 1 repeat" in out and "report.md" in out
+    a, b = (json.loads((tmp_path / "curve" / cell / "config.json").read_text()) for cell in ("scratch-4", "pretrained-4"))
+    assert [k for k in a if a[k] != b[k]] == ["init"]
+    results = pd.read_csv(tmp_path / "curve" / "results.csv")
+    assert set(zip(results.method, results.ratio)) == {("scratch", 0.5), ("pretrained", 0.5), ("scratch", 1), ("pretrained", 1)}
+    assert "is there already" in complaint(*shared, "--out", tmp_path / "curve", "--ratios", 0.5, 1)
+    pcrl(*shared, "--out", tmp_path / "curve", "--ratios", 0.25, 0.5, 1, "--resume")
+    more = pd.read_csv(tmp_path / "curve" / "results.csv")
+    assert len(more) == len(results) * 3 // 2 and len(results.merge(more)) == len(results)  # the rest was not made again
+    assert {p.name for p in (tmp_path / "curve").iterdir()} >= {"efficiency.png", "report.md", "split.csv", "scratch-2", "pretrained-2"}
+
+
 def test_export_to_onnx_and_to_a_hub(run, slices, tmp_path):
     "The printed lines load the file in a process of their own, with the run's features; a hub's folder is finetuned like the run; nothing is replaced."
     lines = pcrl("export", run, "--to", "onnx", "--out", tmp_path / "encoder.onnx")
