@@ -33,7 +33,7 @@ class Arm:
             crop = ["--crop", CROPS[self.dims], "--bs", 4, "--pairs-per-image", 2, "--epochs", 2, "--lr", 0.05, "--recipe", self.method.split("/")[1]]
             return ["pretrain", data / f"store-{self.dims}d", *shared, *crop]
         bs = 16 if self.task == "segment" else 4  # crops, images
-        return ["finetune", data / f"{self.task}-{self.dims}d", *shared, "--crop", CROPS[self.dims], "--epochs", 2, "--bs", bs, "--lr", 0.003]
+        return ["finetune", data / f"{self.task}-{self.dims}d", *shared, "--repeats", 1, "--crop", CROPS[self.dims], "--epochs", 2, "--bs", bs, "--lr", 0.003]
 
 
 ARMS = [Arm(dims, "pretrain", f"{method}/{recipe}") for dims in (2, 3) for method in METHODS for recipe in ("robust", "paper", "official")]
