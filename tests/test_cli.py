@@ -141,7 +141,7 @@ def test_finetune_to_labels_in_repeats_and_compare(run, labelled, tmp_path):
     assert "holds a run already" in complaint("finetune", labelled, "--out", tmp_path / "scratch", "--width", 4, *shared)
     assert "nothing to compare" in complaint("compare", tmp_path / "scratch")
     assert "no schedule 'melted'" in complaint("finetune", labelled, "--out", tmp_path / "none", "--width", 4, "--schedule", "melted", *shared)
-    assert "no file nowhere" in complaint("finetune", labelled, "--out", tmp_path / "none", "--width", 4, "--init", "nowhere", *shared)
+    assert "there is no nowhere" in complaint("finetune", labelled, "--out", tmp_path / "none", "--width", 4, "--init", "nowhere", *shared)
     assert not (tmp_path / "none").exists()
 
 
