@@ -101,7 +101,7 @@ def check_images(
     rows, bad = {}, {(str(p), why) for some in found for p, why in some.skipped}
     for k, (i, row, fault) in enumerate(in_processes("pcrl.check:_header_row", sources, processes=processes), 1):
         if fault: bad.add((str(sources[i]), fault))
-        else: rows[i] = row
+        else: rows[i] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
         if progress: progress(k, len(sources))
     if not rows: raise VolumeError(f"{root} has no image that can be read{', the first of those that cannot: ' + min(bad)[1] if bad else ': give another folder'}")
     readable = sorted(rows)

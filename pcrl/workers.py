@@ -8,7 +8,7 @@ Docs: https://pcrl-team.github.io/pcrl/workers.html.md"""
 __all__ = ['PATIENCE', 'cores', 'in_processes']
 
 # %% ../nbs/00w_workers.ipynb #bed27910
-import os, pickle, signal, subprocess, sys
+import json, os, pickle, signal, subprocess, sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import import_module
@@ -32,9 +32,9 @@ def _serve():
     while True:
         try: item = pickle.load(requests)
         except EOFError: return
-        try: answer = getattr(import_module(module), name)(item, *args), None
-        except Exception as e: answer = None, _sentence(item, e)
-        answers.write(pickle.dumps(answer))
+        try: answer = json.dumps((getattr(import_module(module), name)(item, *args), None))
+        except Exception as e: answer = json.dumps((None, _sentence(item, e)))
+        answers.write(f"{answer}\n".encode())
         answers.flush()
 
 # %% ../nbs/00w_workers.ipynb #99122ec0
@@ -74,7 +74,8 @@ def _ask(
     impatient.start()
     try:
         worker.send(item)
-        return pickle.load(worker.process.stdout)
+        if not (answer := worker.process.stdout.readline()).endswith(b"\n"): raise EOFError
+        return tuple(json.loads(answer))
     except (EOFError, BrokenPipeError):
         code, silent = worker.process.wait(), not impatient.is_alive()
         worker.stop()
@@ -89,7 +90,7 @@ def cores() -> int:
 
 
 def in_processes(
-    work: str,  # "module:function", called with an item and `args`
+    work: str,  # "module:function", called with an item and `args`; what it returns must fit JSON, and tuples come back as lists
     items: Sequence,  # each of which can be pickled
     args: tuple = (),
     processes: int|None = None,  # None: one for each core

@@ -88,12 +88,16 @@ def test_weights_that_are_a_pickle_are_refused_by_the_command(tmp_path):
 
 
 def test_nothing_of_the_package_opens_a_pickle():
-    "No import of a module that unpickles, no call that would: torch.load only with weights_only=True, np.load never with allow_pickle."
-    found = []
+    """No import of a module that unpickles, no call that would: torch.load only with weights_only=True, np.load never with allow_pickle.
+
+    A worker alone unpickles, what the process that started it sends; what it answers is JSON."""
+    found, workers = [], (root / "pcrl" / "workers.py").read_text(encoding="utf-8")
+    assert workers.count("pickle.load") == workers.count("pickle.load(requests)") == 2
     for path in [*sorted((root / "pcrl").glob("*.py")), *sorted((root / "tools").glob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] + [getattr(node, "module", "") or ""] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            if {n.split(".")[0] for n in names} & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} or "load_learner" in names: found.append((path.name, node.lineno, names))
+            if {n.split(".")[0] for n in names} & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"} or "load_learner" in names:
+                if path.name != "workers.py": found.append((path.name, node.lineno, names))
             if not isinstance(node, ast.Call): continue
             call, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
             if call == "torch.load" and given.get("weights_only") != "True": found.append((path.name, node.lineno, call))
