@@ -15,9 +15,9 @@ import pandas as pd, torch
 from torch import Tensor, nn
 
 from .records import file_hash, write_tensors, write_whole
-from .runs import model_card, read_config
+from .runs import encoder_settings, model_card, read_config
 from .unet import RESNETS
-from .weights import encoder_settings, load_encoder, match_names
+from .weights import load_encoder, match_names
 
 # %% ../nbs/09f_export.ipynb #a28938a2
 Exported = tuple[dict[str, Tensor], str]  # tensors under a library's names, and the lines that put them, as `weights`, into its network `net`

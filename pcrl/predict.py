@@ -9,7 +9,7 @@ __all__ = ['KEPT', 'DROPPED', 'Finetuned', 'load_finetuned', 'source_mask', 'lab
            'labels_figure', 'predict']
 
 # %% ../nbs/13d_predict.ipynb #58eedcaa
-import hashlib, os, tempfile, warnings
+import hashlib, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastai.torch_core import default_device
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .classify import Classifier
 from .preparation import prepare_again, unlike_seen
-from .runs import load_unet, load_weights_, read_config, write_whole
+from .records import read_tensors
+from .runs import encoder_settings, load_unet, load_weights_, read_config, write_whole
 from .segment import overlay_figure
 from .sliding import Ensemble, FlipAverage, predict_mask
 from .transforms import to_unit
@@ -49,9 +49,8 @@ def _members(run: Path) -> list[Path]:
 def _load_model(run: Path, config: dict) -> nn.Module:
     "A finetuned network with the weights of its best epoch."
     if config["task"] == "segment": return load_unet(run)
-    kind = {k: config[k] for k in ("norm", "backbone") if k in config}
-    model = Classifier(load_weights_(UNet(config["dims"], config["in_channels"], config["width"], **kind), run, ("encoder",)).encoder, len(config["labels"]))
-    model.head.load_state_dict(load_file(run / "head.safetensors"))
+    model = Classifier(load_weights_(UNet(**encoder_settings(run)), run, ("encoder",)).encoder, len(config["labels"]))
+    model.head.load_state_dict(read_tensors(run / "head.safetensors"))
     return model
 
 # %% ../nbs/13d_predict.ipynb #9a2fd23b
@@ -141,12 +140,9 @@ def _write_mask(
 ):
     "A mask in its image's geometry, in the format of the suffix."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as part:
-        if mask.ndim == 2:
-            from PIL import Image
-            Image.fromarray(mask).save(Path(part) / path.name)
-        else: write_volume(mask, volume, Path(part) / path.name)
-        for p in sorted(Path(part).iterdir(), key=lambda p: p.name == path.name): os.replace(p, path.with_name(p.name))
+    if mask.ndim == 3: return write_volume(mask, volume, path)
+    from PIL import Image
+    write_whole(path, lambda p: Image.fromarray(mask).save(p, Image.registered_extensions()[path.suffix.lower()]))
 
 # %% ../nbs/13d_predict.ipynb #fc776532
 def _as_seen(picture: np.ndarray, dims: int) -> np.ndarray:

@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/runs.html.md"""
 
 # %% auto #0
 __all__ = ['CURVES', 'CosineDecay', 'EpochFigures', 'plot_log', 'KeepBest', 'model_card', 'RunFolder', 'read_config', 'resume',
-           'load_weights_', 'load_unet', 'pretrained_parts', 'LossWithFigures', 'finetune_learner']
+           'encoder_settings', 'load_weights_', 'load_unet', 'pretrained_parts', 'LossWithFigures', 'finetune_learner']
 
 # %% ../nbs/09a_runs.ipynb #b255cc43
 import csv, json, math, os, platform, time, warnings
@@ -317,6 +317,19 @@ def _net_config(config: dict) -> dict:
     return {s.name: config.get(s.name, s.default) for s in settings if s.name != "checkpoint"}  # it changes no weight
 
 
+_OF_ENCODER = "dims", "in_channels", "width", "norm", "backbone"
+
+
+def encoder_settings(
+    run: str | Path,  # a run folder
+) -> dict:  # of `UNet`: dims, in_channels, width, norm, backbone
+    """What a run's encoder looks like.
+
+    Raises FileNotFoundError if the folder is not a run."""
+    config = _net_config(read_config(run))
+    return {k: config[k] for k in _OF_ENCODER}
+
+
 def load_weights_(
     net: UNet,
     run: str | Path,  # a run folder
@@ -325,8 +338,7 @@ def load_weights_(
     """Put the weights of a run's best epoch into a U-Net.
 
     Raises FileNotFoundError if the folder is not a run or has no weights yet, ValueError if the run's network is another one."""
-    config, run = read_config(run), Path(run)
-    theirs, ours = ({k: c[k] for k in ("dims", "in_channels", "width", "norm", "backbone")} for c in (_net_config(config), net.config))
+    theirs, ours, run = encoder_settings(run), {k: net.config[k] for k in _OF_ENCODER}, Path(run)
     if differ := [k for k in ours if theirs[k] != ours[k]]:
         told = lambda net: ", ".join(f"{k} {net[k]}" for k in differ)
         raise ValueError(f"{run} has a network of {told(theirs)}, but {told(ours)} is asked for: choose the run's own")
