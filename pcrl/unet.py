@@ -33,6 +33,14 @@ def norm_layer(
     if norm == "group": return nn.GroupNorm(gcd(8, channels), channels)
     raise ValueError(f"there is no normalisation {norm!r}: choose 'batch' or 'group'")
 
+# %% ../nbs/05_unet.ipynb #74962f46
+class _Shortcut(nn.Conv2d):
+    "A 1x1 convolution with a stride."
+    def forward(self, x):
+        if self.in_channels % 8 == 0: return super().forward(x)
+        down, right = self.stride
+        return F.conv2d(x[..., ::down, ::right], self.weight)
+
 # %% ../nbs/05_unet.ipynb #70b89ce4
 RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3)), "resnet50": (Bottleneck, (3, 4, 6, 3)),
            "resnet101": (Bottleneck, (3, 4, 23, 3)), "resnet152": (Bottleneck, (3, 8, 36, 3))}
@@ -41,7 +49,7 @@ RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 
 def _stage(block: type, n: int, c_in: int, width: int, stride: int, norm: str = "batch") -> nn.Sequential:
     "`n` residual blocks; where the shape changes, the short cut has a 1x1 convolution."
     shortcut, c_out, norm = None, width * block.expansion, partial(norm_layer, 2, norm=norm)
-    if stride > 1 or c_in != c_out: shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), norm(c_out))
+    if stride > 1 or c_in != c_out: shortcut = nn.Sequential(_Shortcut(c_in, c_out, 1, stride, bias=False), norm(c_out))
     return nn.Sequential(block(c_in, width, stride, shortcut, norm_layer=norm),
                          *[block(c_out, width, norm_layer=norm) for _ in range(n - 1)])
 
