@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from math import log
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
-from fastai.data.load import DataLoader
+from fastai.data.load import DataLoader, _FakeLoader
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 
@@ -155,6 +155,24 @@ def __getitem__(self: CropPairs, key):
         if self.air is None or not is_air(pair, self.air, self.max_air).any(): break
     return pair
 
+# %% ../nbs/03_crops.ipynb #0a28d298
+class _Flag:
+    "What torch's loaders need of an `Event`."
+    def __init__(self): self.raised = torch.zeros(1, dtype=torch.bool).share_memory_()
+    def set(self): self.raised.fill_(True)
+    def is_set(self) -> bool: return self.raised.item()
+
+
+class _Processes:
+    "torch's multiprocessing with another `Event`."
+    Event = _Flag
+    def __getattr__(self, name): return getattr(torch.multiprocessing, name)
+
+
+class _Workers(_FakeLoader):
+    "fastai's, with another `Event`."
+    multiprocessing_context = _Processes()
+
 # %% ../nbs/03_crops.ipynb #fc534b19
 class CropLoader(DataLoader):
     "Batches `(crops,)` of `CropPairs`, crops (B, 2, C, [D,] H, W); which ones depends on the dataset's seed and on `epoch` alone."
@@ -162,6 +180,11 @@ class CropLoader(DataLoader):
     position = 0, 0  # epoch and batch that come next in the pass last begun
     patience = 600  # seconds to wait for a batch of a worker
     reading = torch.empty(0, 2)  # for each worker its process and the index that it is reading, -1 between two
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        made = self.fake_l
+        self.fake_l = _Workers(self, made.pin_memory, made.num_workers, made.timeout, made.persistent_workers, made.pin_memory_device)
 
     def get_idxs(self):
         order = np.random.default_rng([self.dataset.seed, self.epoch]).permutation(self.n) if self.shuffle else range(self.n)

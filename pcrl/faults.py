@@ -90,6 +90,7 @@ class GuardedLearner(Learner):
     def fit(self, *args, **kwargs):
         try: super().fit(*args, **kwargs)
         except (RuntimeError, *LOST) as error:
-            told = _full_memory(self, error) or _death(self.dl, error) or _standstill(self.dl, error)
+            try: told = _full_memory(self, error) or _death(self.dl, error) or _standstill(self.dl, error)
+            except RuntimeError as heard: told = _death(self.dl, heard)  # of a death, in the middle of this
             if told is None: raise
             raise told from error
