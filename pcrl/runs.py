@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
+from io import BytesIO
 from pathlib import Path
 
 import fastai, fastai.callback.progress, torch  # importing fastai.callback.progress gives every Learner its bar
@@ -260,17 +261,24 @@ def _wait_until_saved(self: RunFolder):
 @patch
 def after_fit(self: RunFolder):
     "Draw the curves, write the model card, give the folder free."
-    while not self._try_to(self._write_summary): time.sleep(self.pause)
+    summary = self._summary()
+    while not self._try_to(lambda: self._write_summary(summary)): time.sleep(self.pause)
     os.close(self.locked)
     self.locked = None
 
 
 @patch
-def _write_summary(self: RunFolder):
+def _summary(self: RunFolder) -> dict[str, bytes]:
+    "Files by their names; made before the disk is tried, so that what fails here is not taken for the disk."
     import pandas as pd
-    rows = self.epoch_figures.rows
-    write_whole(self.path / "figures" / "log.png", lambda p: plot_log(pd.DataFrame(rows)).savefig(p, format="png"))
-    write_whole(self.path / "card.md", lambda p: p.write_text(model_card(self.settings, rows)))
+    rows, curves = self.epoch_figures.rows, BytesIO()
+    plot_log(pd.DataFrame(rows)).savefig(curves, format="png")
+    return {"figures/log.png": curves.getvalue(), "card.md": model_card(self.settings, rows).encode()}
+
+
+@patch
+def _write_summary(self: RunFolder, summary):
+    for name, content in summary.items(): write_whole(self.path / name, lambda p: p.write_bytes(content))
 
 # %% ../nbs/09a_runs.ipynb #93a9d6c5
 def read_config(
