@@ -33,7 +33,7 @@ from .faults import GuardedLearner
 from .forecast import Forecast
 from .guards import FiniteGuard, GrowthGuard
 from .records import lock_folder, read_tensors, write_tensors, write_whole
-from .unet import UNet
+from .unet import UNet, keep_freed_memory
 
 # %% ../nbs/09a_runs.ipynb #04be4434
 class CosineDecay(Callback):
@@ -403,6 +403,7 @@ def finetune_learner(
 ) -> Learner:
     "A Learner with Adam, warm-up and cosine, that keeps the epoch with the best validation loss."
     cbs = [FiniteGuard(), GrowthGuard(), decay or CosineDecay(warmup=0.1), EpochFigures(), KeepBest(parts, patience)]
+    if torch.device(dls.device).type == "cpu": keep_freed_memory()
     if run is not None: cbs += [RunFolder(run, settings), Forecast(run)]
     adam = partial(OptimWrapper, opt=torch.optim.Adam)
     return GuardedLearner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)
