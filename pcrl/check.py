@@ -42,7 +42,7 @@ def _mixtures(table):
         if len(counts := table[column].value_counts()) > 1:
             yield f"{what} differ: {', '.join(f'{k} ({n})' for k, n in counts.items())}: {advice}"
 
-def _oddities(table):
+def _oddities(table, root=""):
     "Sentences on single sources."
     def some(where, fault): 
         if where.any(): yield f"{where.sum()} {fault}, such as {table.source[where].iloc[0]}"
@@ -50,7 +50,7 @@ def _oddities(table):
     small = [any(n * mm < s for n, mm, s in zip(shape, spacing, CROP)) for shape, spacing in zip(solid["shape"], solid.spacing)]
     small = table.index.isin(solid.index[np.array(small, bool)])
     thick = table.index.isin(solid.index[[max(mm) > 5 * min(mm) for mm in solid.spacing]])
-    masks = table.source.str.contains(r"(?i)(?:^|[/_\W])(?:labels?(?:Tr|Ts)?|masks?|seg(?:mentations?)?)(?:[/_\W]|$)")
+    masks = table.source.str.removeprefix(str(root)).str.contains(r"(?i)(?:^|[/_\W])(?:labels?(?:Tr|Ts)?|masks?|seg(?:mentations?)?)(?:[/_\W]|$)")
     yield from some(pd.Series(small, table.index), f"volumes are smaller than a crop of {'x'.join(map(str, CROP))} mm: leave them out, or take smaller crops")
     yield from some(pd.Series(thick, table.index), "volumes have slices over five times thicker than their pixels: mind that crops will be blurred along z")
     yield from some(masks, "look like masks by their names: move them out of the folder")
@@ -76,6 +76,7 @@ class Findings:
     table: pd.DataFrame  # a row for each source: source, format, dims, shape, spacing, orientation, dtype, modality, channels
     sample: pd.DataFrame  # of some: source, least, low (0.5 %), high (99.5 %), most, values (different ones, up to 100)
     unread: list  # (file, reason)
+    root: str  # the folder
 
     @property
     def problems(self) -> list:  # of sentences
@@ -83,7 +84,7 @@ class Findings:
         solid = self.table[self.table.dims == 3]
         unread = [f"{len(self.unread)} cannot be read, they will be skipped, such as this: {self.unread[0][1]}"] if self.unread else []
         both = ["there are 2D and 3D images: a store holds one kind, choose with --dims"] if self.table.dims.nunique() > 1 else []
-        return [*unread, *both, *(_mixtures(solid) if len(solid) else ()), *_oddities(self.table), *(_ranges(self.sample) if len(self.sample) else ())]
+        return [*unread, *both, *(_mixtures(solid) if len(solid) else ()), *_oddities(self.table, self.root), *(_ranges(self.sample) if len(self.sample) else ())]
 
     def __str__(self): return "\n".join([*_report(self.table, self.sample), *(f"! {sentence}" for sentence in self.problems or ["nothing looks wrong"])])
 
@@ -108,7 +109,7 @@ def check_images(
     some = [sources[readable[int(k)]] for k in np.unique(np.linspace(0, len(readable) - 1, SAMPLE).astype(int))]
     read = sorted(in_processes("pcrl.check:_intensities", some, processes=processes))
     bad |= {(str(some[i]), fault) for i, _, fault in read if fault}
-    return Findings(pd.DataFrame([rows[i] for i in readable]), pd.DataFrame([row for _, row, fault in read if not fault]), sorted(bad))
+    return Findings(pd.DataFrame([rows[i] for i in readable]), pd.DataFrame([row for _, row, fault in read if not fault]), sorted(bad), str(root))
 
 # %% ../nbs/01a_check.ipynb #0f17953a
 def _counts(column, most=4):
@@ -137,8 +138,9 @@ def verify_store(
     processes: int|None = None,  # None: one for each core
     progress: Callable|None = None,  # called with the number of files that are done, and of all
 ) -> pd.DataFrame:  # columns file, reason; empty if all is well
-    "Compare every array with the sum that it had when it was written."
+    "Compare every array with the sum that it had when it was written; raises ValueError for a store without sums."
     store = Store(path)
+    if "sum" not in store.manifest: raise ValueError(f"{path} was not made by pcrl store, its manifest has no sums: there is nothing to compare with")
     wanted = dict(zip(store.manifest.file, store.manifest["sum"]))
     files, bad = list(wanted), []
     for k, (i, digest, fault) in enumerate(in_processes("pcrl.sources:source_hash", [store.path / f for f in files], processes=processes), 1):

@@ -42,7 +42,8 @@ def one_sentence(
         try: return command(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as e:
             sentence = str(e).rpartition("`:\n\t")[2]  # fastai puts the name of its callback before an error's own words
-            typer.secho(f"pcrl: {sentence}", err=True, fg="red")
+            from pcrl.sources import printable
+            typer.secho(f"pcrl: {printable(sentence)}", err=True, fg="red")
             raise typer.Exit(getattr(e, "exit_code", 1)) from None
     return run
 
@@ -382,7 +383,8 @@ def store(
     from pcrl.layouts import pretraining_sources
     if verify:
         with progress("Verifying") as tell: bad = c.verify_store(src, workers, tell)
-        if len(bad): raise ValueError(f"{len(bad)} files of {src} are not as they were written, the first: {bad.file[0]} {bad.reason[0]}")
+        for file, reason in bad.itertuples(index=False): typer.echo(f"{file} {reason}")
+        if len(bad): raise ValueError(f"{len(bad)} files of {src} are not as they were written: remove them and build the store again with the same settings")
         return typer.echo(f"Whole: {src}")
     if dst is None: raise ValueError("there is no place for the store: give SRC and DST, or one store and --verify")
     settings = s.settings_for(preset, dims=dims, spacing=spacing, size=size, window=window, dtype=dtype, channels=channels)
@@ -402,5 +404,6 @@ def check(
 ):
     """Read the headers of a folder of images: what it holds, and what looks wrong, before a store is built."""
     from pcrl.check import check_images
+    from pcrl.sources import printable
     with progress("Reading headers") as tell: found = check_images(src, workers, tell)
-    typer.echo(found)
+    typer.echo(printable(found))

@@ -22,7 +22,7 @@ def _fields(path, mark, last):
     with open(path, "rb") as f:
         for line in iter(lambda: f.readline(2**16), b""):
             at += len(line)
-            text = line.decode("latin-1").strip()
+            text = line.decode("utf-8", "surrogateescape").strip()
             key, _, value = text.partition(mark)
             if mark in text and not text.startswith("#"): fields[key.strip()] = value.strip(" =\t")
             if last(text) or at > 2**20: break

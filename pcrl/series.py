@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
-from .dicom import dicom_entry, dicom_frames, dicom_header, dicom_kind, discreet, is_dicom
+from .dicom import dicom_entry, dicom_files, dicom_frames, dicom_header, dicom_kind, discreet
 from .formats import Stored
 from .geometry import LPS_TO_RAS, VolumeError, check_size
 
@@ -167,7 +167,7 @@ def open_series(
 ) -> Stored:
     "The slices of a series; raises `VolumeError`."
     several = isinstance(source, DicomSeries)
-    files = source.files if several else [p for p in source.iterdir() if not p.is_symlink() and p.is_file() and is_dicom(p)]
+    files = source.files if several else dicom_files(source)
     _, _, series, unreadable = _by_series(files)
     if unreadable: raise VolumeError(unreadable[0][1])
     if len(series) != 1:

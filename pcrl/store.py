@@ -8,7 +8,7 @@ Docs: https://pcrl-team.github.io/pcrl/store.html.md"""
 __all__ = ['DTYPES', 'PRESETS', 'COLUMNS', 'prepare', 'settings_for', 'Store', 'build_store']
 
 # %% ../nbs/01_store.ipynb #c1a7c06d
-import fcntl, json, os
+import fcntl, json, math, os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -18,7 +18,7 @@ import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .volumes import Volume, VolumeError, find_images, percentile_window, read_volume, resample, resize2d, to_uint8
 from .volumes import window as apply_window
-from .sources import patient_hash, patient_key, source_hash
+from .sources import patient_hash, patient_key, printable, read_table, source_hash
 from .workers import in_processes
 
 # %% ../nbs/01_store.ipynb #2d89ca59
@@ -60,6 +60,16 @@ def settings_for(
     usual = PRESETS[preset] if preset else [dict(dims=2, size=256), dict(dims=3, spacing=(1., 1., 1.))][given.get("dims", 3) - 2]
     return usual | given
 
+def _check_settings(dims, spacing, size, window, dtype):
+    "Refuse settings that make no image."
+    if dtype not in DTYPES: raise ValueError(f"dtype {dtype} is not supported: take one of {', '.join(DTYPES)}")
+    if dims == 2 and spacing is not None: raise ValueError("a spacing is for 3D images: give a size, or dims 3")
+    if dims == 3 and size is not None: raise ValueError("a size is for 2D images: give a spacing, or dims 2")
+    if spacing is not None and not all(0 < mm < math.inf for mm in spacing):
+        raise ValueError(f"a spacing of {' x '.join(f'{mm:g}' for mm in spacing)} mm is none: give three numbers above 0")
+    if window is not None and not -math.inf < window[0] < window[1] < math.inf:
+        raise ValueError(f"a window from {window[0]:g} to {window[1]:g} holds no intensities: give two finite numbers, the smaller one first")
+
 # %% ../nbs/01_store.ipynb #ea006dab
 class Store(Sequence):
     "A folder of prepared images: `store[i]` is a memory-mapped array (C, [D,] H, W)."
@@ -70,7 +80,8 @@ class Store(Sequence):
         if not manifest.is_file():
             if (self.path / "store.json").exists(): raise FileNotFoundError(f"{path} is not finished: build it again with the same settings")
             raise FileNotFoundError(f"{path} is not a store, it has no manifest.csv: build one with pcrl store")
-        self.manifest = pd.read_csv(manifest, dtype={"volume": str, "patient": str}, keep_default_na=False, na_values=[""])
+        self.manifest = read_table(manifest, dtype={"volume": str, "patient": str}, keep_default_na=False, na_values=[""])
+        if not {"file", "shape", "patient"} <= set(self.manifest): raise ValueError(f"{manifest} is not a store's: build one with pcrl store")
 
     def __len__(self): return len(self.manifest)
 
@@ -111,15 +122,17 @@ def patients(self: Store) -> list:
 
 # %% ../nbs/01_store.ipynb #69427491
 class _Patients:
-    "Turns ids into hashes for a store; the key is looked for when the first id comes."
-    def __init__(self, store: Path, path): self.store, self.path = store, path
+    "Turns ids into hashes for a store; a key that is named must be there, the usual one is looked for when the first id comes."
+    def __init__(self, store: Path, path):
+        self.store, self.path = store, path
+        if path is None: return
+        if store.resolve() in Path(path).resolve().parents: raise ValueError(f"the key {path} lies in the store, where it protects nobody: keep it elsewhere")
+        patient_key(path)
 
     def __call__(self, patient) -> str: return patient_hash(self.key, patient)
 
     @cached_property
     def key(self):
-        if self.path and self.store.resolve() in Path(self.path).resolve().parents:
-            raise ValueError(f"the key {self.path} lies in the store, where it protects nobody: keep it elsewhere")
         key, settings = patient_key(self.path), json.loads((self.store / "store.json").read_text())
         if settings.setdefault("key", patient_hash(key, "")) != patient_hash(key, ""):
             raise ValueError(f"{self.store} was built with another key than {self.path or 'the usual one'}: give that one, or build a new store")
@@ -130,17 +143,20 @@ class _Patients:
 def _write(path, save):
     "Let `save` write a file beside `path`, put it in place in one move; its sha256."
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save(beside)
-    digest = source_hash(beside)
-    os.replace(beside, path)
-    return digest
+    try:
+        save(beside)
+        digest = source_hash(beside)
+        os.replace(beside, path)
+        return digest
+    except OSError as e: raise OSError(f"{path} cannot be written ({e.strerror or e}): make room or mend its rights, and build again to go on") from e
+    finally: beside.unlink(missing_ok=True)
 
 def _save_array(array, path):
     with open(path, "wb") as f: np.save(f, array)
 
 # %% ../nbs/01_store.ipynb #b6f04569
 def _prepare_source(source, folder, settings, done):
-    "Put one source into the store; its row of the manifest, with the patient's id still as the file has it."
+    "Put one source into the store; its row of the manifest, with the patient's id still as the file has it; or why the build must stop."
     sha = source_hash(source)
     if sha in done: return dict(sha256=sha)
     volume, dims, channels = read_volume(source), settings["dims"], settings["channels"]
@@ -149,7 +165,8 @@ def _prepare_source(source, folder, settings, done):
     if found != channels: raise VolumeError(f"{source} has {found} channels: this store holds images with {channels}")
     array = prepare(volume, *(settings[k] for k in ("spacing", "size", "window", "dtype")))
     file = f"images/{sha[:32]}.npy"
-    digest = _write(Path(folder) / file, lambda p: _save_array(array, p))
+    try: digest = _write(Path(folder) / file, lambda p: _save_array(array, p))
+    except OSError as e: return dict(stop=str(e))
     return dict(patient=volume.patient, shape="x".join(map(str, array.shape)),
                 spacing="x".join(f"{mm:g}" for mm in settings["spacing"] or volume.spacing or ()),
                 window="to".join(f"{end:g}" for end in settings["window"]) if settings["window"] else "percentiles",
@@ -162,20 +179,23 @@ def _labels(root):
     "What a folder's labels.csv says, by image."
     path = root / "labels.csv"
     if not path.is_file(): return {}
-    table = pd.read_csv(path, dtype=dict.fromkeys(("image", "patient", "split"), str))
+    table = read_table(path, dtype=dict.fromkeys(("image", "patient", "split"), str))
     if "image" not in table: raise ValueError(f"{path} has no column image: name the files in it")
+    if table.image.isna().any(): raise ValueError(f"{path} names no image in its row {table.image.isna().argmax() + 2}: fill it in, or leave the row out")
     labels = [c for c in table if c not in ("image", *COLUMNS) and table[c].dropna().isin([0, 1]).all()]
     known = table[[c for c in ("patient", "split") if c in table] + labels]
     return {image.removeprefix("images/"): row for image, row in zip(table.image, known.to_dict("records"))}
 
 def _find_sources(sources, dims, describe):
     "Sources, a dict (volume, and what else is known) for each, and those left out with the reason."
-    if not isinstance(sources, (str, Path)): return sources, [dict(volume=Path(str(s)).name) | (describe(s) if describe else {}) for s in sources], []
+    if not isinstance(sources, (str, Path)):
+        known = [dict(volume=printable(Path(str(s)).name)) | (describe(s) if describe else {}) for s in sources]
+        return sources, known, getattr(sources, "skipped", [])
     root, sources = Path(sources), find_images(sources, dims)
     if not sources: raise VolumeError(f"{root} has no {dims}D images, nor have its subfolders: give another folder, or other dims")
     names, labels = [os.path.relpath(str(s), root) for s in sources], _labels(root)
     describe = describe or (lambda source: labels.get(Path(os.path.relpath(str(source), root)).as_posix().removeprefix("images/"), {}))
-    return sources, [dict(volume=root.name if n == "." else n) | describe(s) for n, s in zip(names, sources)], sources.skipped
+    return sources, [dict(volume=printable(root.resolve().name if n == "." else n)) | describe(s) for n, s in zip(names, sources)], sources.skipped
 
 # %% ../nbs/01_store.ipynb #a1160712
 def _keyed(rows): return {(row["volume"], row["sha256"]): row for row in rows}
@@ -192,10 +212,21 @@ def _noted(dst):
         except json.JSONDecodeError: pass
     return _keyed(rows)
 
+def _make_folder(dst):
+    "Make the folder of a store; one that holds other files is refused."
+    ours = {"images", "building.jsonl"}                                                 # what a build that was killed at once leaves
+    try:
+        if not (dst / "store.json").exists() and dst.is_dir() and any(p.name not in ours and not p.match(".*.part") for p in dst.iterdir()):
+            raise FileExistsError(f"{dst} holds other files: give the store a folder of its own")
+        (dst / "images").mkdir(parents=True, exist_ok=True)
+        return open(dst / "building.jsonl", "a")
+    except OSError as e:
+        if e.strerror is None: raise
+        raise OSError(f"{dst} cannot hold a store ({e.strerror}): give a folder that can be written to") from None
+
 def _settle(dst, settings):
     "Write the settings of a new store, or refuse those that are not the store's."
     path = dst / "store.json"
-    if not path.exists() and any(dst.iterdir()): raise FileExistsError(f"{dst} holds other files: give the store a folder of its own")
     old = json.loads(path.read_text()) if path.exists() else {}
     differ = [k for k, v in json.loads(json.dumps(settings)).items() if old.get(k) != v]
     if differ and old and (_listed(dst) or _noted(dst)):
@@ -207,13 +238,16 @@ def _settle(dst, settings):
 @contextmanager
 def _building(dst, settings):
     "The open journal of a store that no one else is building; it is removed when all went well."
-    dst.mkdir(parents=True, exist_ok=True)
-    _settle(dst, settings)
-    (dst / "images").mkdir(exist_ok=True)
-    with open(dst / "building.jsonl", "a") as journal:
-        try: fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"{dst} is being built by another process: wait for it") from None
+    with _make_folder(dst) as journal:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(journal.fileno()), os.stat(journal.name)): raise FileNotFoundError  # another build has just ended
+        except (BlockingIOError, FileNotFoundError): raise ValueError(f"{dst} is being built by another process: wait for it") from None
         for part in [*dst.glob(".*.part"), *dst.glob("images/.*.part")]: part.unlink(missing_ok=True)
+        try: _settle(dst, settings)
+        except ValueError:
+            if not journal.tell(): Path(journal.name).unlink()
+            raise
         journal.write("\n")                                                             # should the last line have been cut off
         yield journal
         (dst / "building.jsonl").unlink()
@@ -224,6 +258,7 @@ def _fill(dst, sources, known, journal, settings, patients, processes, progress)
     rows, faults, done = {}, {}, {sha: row for (_, sha), row in (_noted(dst) | _listed(dst)).items() if (dst / row["file"]).exists()}
     for i, row, fault in in_processes("pcrl.store:_prepare_source", sources, (str(dst), settings, frozenset(done)), processes):
         if fault: faults[i] = str(sources[i]), fault
+        elif "stop" in row: raise OSError(row["stop"])
         else:
             new = row["sha256"] not in done
             if new: row["patient"] = patients(row["patient"]) if row["patient"] else row["sha256"][:16]
@@ -236,10 +271,12 @@ def _fill(dst, sources, known, journal, settings, patients, processes, progress)
 # %% ../nbs/01_store.ipynb #cca6ebba
 def _finish(dst, rows, skipped):
     "Write the manifest, which is what it was, what came now, and what an earlier build left; and the list of what was skipped."
+    skipped = [(printable(file), printable(why)) for file, why in skipped]
     _write(dst / "skipped.csv", lambda p: pd.DataFrame(skipped, columns=["file", "reason"]).to_csv(p, index=False))
     if not rows: raise VolumeError(f"none of {len(skipped)} files could be read, they are listed in {dst / 'skipped.csv'}; the first: {skipped[0][1]}")
-    found = _listed(dst) | _keyed(rows)
-    table = pd.DataFrame([r for r in (found | _noted(dst) | found).values() if (dst / r["file"]).exists()])
+    found, now = _listed(dst) | _keyed(rows), {row["sha256"] for row in rows}
+    table = pd.DataFrame([row for key, row in (found | _noted(dst) | found).items()
+                          if (dst / row["file"]).exists() and (row["sha256"] not in now or key in _keyed(rows))])
     table["patient"] = table.groupby("sha256", sort=False).patient.transform("first")
     last = COLUMNS[COLUMNS.index("split") + 1:]
     table = table.reindex(columns=[*COLUMNS[:-len(last)], *(c for c in table if c not in COLUMNS), *last])
@@ -262,13 +299,14 @@ def build_store(
 ) -> Store:
     """Prepare images, in parallel, into a store; what is in it already is kept, what cannot be read is listed in skipped.csv.
 
-    Raises ValueError for settings that are not the store's, `VolumeError` if nothing could be read."""
-    if dtype not in DTYPES: raise ValueError(f"dtype {dtype} is not supported: take one of {', '.join(DTYPES)}")
+    Raises ValueError for settings that make no image or are not the store's, `VolumeError` if nothing could be read, OSError if `dst` cannot be written."""
+    _check_settings(dims, spacing, size, window, dtype)
     dst, (sources, known, skipped) = Path(dst), _find_sources(sources, dims, describe)
+    patients = _Patients(dst, key)
     if not sources: raise ValueError("there are no images to put into a store: the list is empty")
     settings = dict(dims=dims, spacing=spacing and [*map(float, spacing)], size=size, window=window and [*map(float, window)], dtype=dtype, channels=channels)
     with _building(dst, settings) as journal:
-        rows, faults = _fill(dst, sources, known, journal, settings, _Patients(dst, key), processes, progress)
+        rows, faults = _fill(dst, sources, known, journal, settings, patients, processes, progress)
         _finish(dst, rows, [*((str(p), why) for p, why in skipped), *faults])
     return Store(dst)
 

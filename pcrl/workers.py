@@ -17,8 +17,10 @@ from threading import Timer
 
 # %% ../nbs/00w_workers.ipynb #0e87222b
 def _sentence(item, error):
-    "What an error says of an item; an error that does not name it gets its name."
-    if str(item) in str(error): return str(error)
+    "What an error says of an item; an error that names neither it nor one of its files gets its name."
+    names = item, *getattr(item, "files", ())
+    if any(str(name) in str(error) for name in names) and not getattr(error, "strerror", None): return str(error)
+    if isinstance(error, PermissionError): return f"{error.filename or item} cannot be opened: change its rights or leave it out"
     return f"{item} could not be worked on ({type(error).__name__}: {error}): leave it out"
 
 
