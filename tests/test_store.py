@@ -145,5 +145,5 @@ def test_verify_by_the_command(whole, tmp_path):
     try:
         file.write_bytes(bytes_[:-1])
         done = run()
-        assert done.returncode == 1 and "1 files of" in done.stderr and file.name in done.stderr
+        assert done.returncode == 1 and "1 files of" in done.stderr and file.name in done.stdout
     finally: file.write_bytes(bytes_)
