@@ -47,8 +47,9 @@ def write_split(
     made: str = "official",  # how, in a few words: a ratio, a share
     seed: int|None = None,  # that it was drawn with; None: no chance in it
 ) -> str:  # its id
-    "Write who is in which part."
+    "Write who is in which part; raises FileNotFoundError if there is no such folder."
     path, rows = Path(path), _rows(cases)
+    if not path.parent.is_dir(): raise FileNotFoundError(f"{path.parent}, the folder for {path.name}, does not exist: make it first")
     facts = {"set": cases.name, "made": made, "seed": seed, "cases": len(cases), "sha256": _sum(rows)}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(f"# {json.dumps(facts)}\n{rows}", encoding="utf-8", newline="\n")
