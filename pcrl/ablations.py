@@ -21,7 +21,8 @@ from fastcore.basics import patch
 
 import pcrl
 from .datasets import Cases, adrenal_cases, hippocampus_cases, nih_cases
-from .finetune import finetune
+from .finetune import evaluate_classification, finetune
+from .predict import load_model
 from .pretrain import recipe_learner
 from .probes import centre_resized, encoder_features, pixel_features, probe_table
 from .recipes import Recipe, at_size, get_recipe
@@ -125,13 +126,15 @@ def finetune_arm(
     draw: int,  # which labelled cases
     lr: float,
     schedule: str = "full",  # one of `SCHEDULES`
-) -> tuple[dict[str, float], float, float]:  # metrics on the test part, the best validation loss, seconds
+) -> tuple[dict[str, float], dict[str, float], float]:  # metrics on the test part; the lowest valid_loss, and of labels valid_auc; seconds
     "Finetune on few labels, and test."
     few, start = cases.take_labelled(labelled, seed=draw), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         metrics, _ = finetune(few, run := Path(folder) / "run", init, trial.width, trial.tune_epochs, trial.tune_bs, lr, trial.tune_crop or None,
                               trial.tune_crops or 64, "dice_ce", seed, schedule, bar=False)
-        return metrics, pd.read_csv(run / "log.csv").valid_loss.min(), time.perf_counter() - start
+        valid = dict(valid_loss=pd.read_csv(run / "log.csv").valid_loss.min())
+        if cases.task == "classify": valid["valid_auc"] = evaluate_classification(load_model(run), few.part("valid"))[0]["auc"]
+        return metrics, valid, time.perf_counter() - start
 
 # %% ../nbs/15_ablations.ipynb #cd77b779
 COLUMNS = ["data", "split", "ratio", "method", "recipe", "seed", "metric", "value", "seconds", "commit"]
@@ -212,9 +215,9 @@ def _tune_arm(results, trial, cases, method, recipe, seed, first, init, draws):
     def choose():
         ways = [*product(trial.lrs, trial.schedules)]
         tried = [finetune_arm(cases, trial, middle, init(first), first, 0, *way) for way in ways]
-        losses = [loss for _, loss, _ in tried]
-        lr, schedule = ways[int(np.argmin(losses))]
-        return dict(lr=lr, schedule=SCHEDULES.index(schedule), valid_loss=min(losses)), sum(seconds for *_, seconds in tried)
+        best = int(np.argmax([valid.get("valid_auc", -valid["valid_loss"]) for _, valid, _ in tried]))
+        lr, schedule = ways[best]
+        return dict(lr=lr, schedule=SCHEDULES.index(schedule), **tried[best][1]), sum(seconds for *_, seconds in tried)
     chosen = results.add(choose, split="valid", ratio=_ratio(cases, middle), seed=first, **key)
     way = chosen["lr"], SCHEDULES[int(chosen.get("schedule", 0))]  # rows of before there was a choice have none
     for labelled in trial.labelled:
