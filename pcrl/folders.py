@@ -8,35 +8,82 @@ Docs: https://pcrl-team.github.io/pcrl/folders.html.md"""
 __all__ = ['folder_table', 'folder_cases']
 
 # %% ../nbs/02a_folders.ipynb #f01de003
+import os
 from pathlib import Path
 import numpy as np, pandas as pd
 from .cases import Cases, split_by_patient
+from .dicom import dicom_header, dicom_kind, discreet, is_dicom
 from .files import OnDisk, read_image, read_mask
-from .volumes import find_images
+from .sources import read_table
+from .volumes import READERS, VolumeError, find_images, link_away
+
+# %% ../nbs/02a_folders.ipynb #c1cb9206
+def _own_images(images, dims):
+    "Sources by their names below images/; and why others cannot be used, by name."
+    found = find_images(images, dims)
+    if not found and not found.skipped: raise VolumeError(f"{images} has no {dims}D images, nor have its subfolders: give another folder, or other dims")
+    name = lambda source: Path(os.path.relpath(str(source), images)).as_posix().removeprefix("../")
+    return {name(s): s for s in found}, {name(p): why for p, why in found.skipped}
+
+# %% ../nbs/02a_folders.ipynb #49d628c1
+def _reasons(names, skipped):
+    "Why each name cannot be used, or None."
+    skipped = {Path(name): why for name, why in skipped.items()}
+    above = {folder: why for path, why in skipped.items() for folder in path.parents}
+    return [above.get(path) or next((skipped[p] for p in (path, *path.parents) if p in skipped), None) for path in map(Path, names)]
+
+# %% ../nbs/02a_folders.ipynb #4b2b8e34
+def _own_table(path):
+    "labels.csv, with the part val called valid."
+    table = read_table(path, dtype=dict.fromkeys(["image", "patient", "split", "class"], str))
+    if "image" not in table: raise ValueError(f"{path} has no column 'image': name there each file below images/")
+    if not len(table) or table.image.isna().any(): raise ValueError(f"{path} has no row, or one without a name in the column 'image': name there each file below images/")
+    if "patient" in table and table.patient.isna().any():
+        raise ValueError(f"{path} names no patient for {table.image[table.patient.isna()].iloc[0]}: fill the column, or leave it out")
+    if "split" not in table: return table
+    table["split"] = table.split.replace("val", "valid")
+    if odd := set(table.split) - {"train", "valid", "test"}: raise ValueError(f"{path} has the split {sorted(map(str, odd))[0]!r}: use train, valid and test")
+    return table
+
+# %% ../nbs/02a_folders.ipynb #852fe1a5
+def _patient_id(source):
+    "Whom a DICOM header names, of a folder that of its first slice; None: nobody."
+    folder = isinstance(source, Path) and source.is_dir()
+    if not folder and str(source).lower().endswith(tuple(READERS)): return None
+    for path in [p for p in sorted(source.iterdir()) if not p.is_symlink() and p.is_file()] if folder else getattr(source, "files", [source]):
+        try:
+            with discreet(path):
+                header = dicom_header(path) if is_dicom(path) else {}
+                if not folder or dicom_kind(header) == "slice": return str(header.get("PatientID") or "") or None
+        except VolumeError: pass
+
+def _persons(names, sources):
+    "For each image one that stands for its person: the first, by name, with the same PatientID."
+    ids = {name: _patient_id(sources[name]) if name in sources else None for name in names}
+    first = {who: name for name, who in sorted(ids.items(), reverse=True)}
+    return [first[ids[name]] if ids[name] else name for name in names]
 
 # %% ../nbs/02a_folders.ipynb #1cf8ea74
 def folder_table(
     root,  # folder with `images/`, and perhaps `labels.csv`
     dims: int,  # 2 or 3
     seed: int = 0,  # of the split, where the table has none
-) -> pd.DataFrame:  # columns image, source for `read_volume`, patient, split, and what else labels.csv has
-    """What is in the folder; no image is read.
+) -> pd.DataFrame:  # columns image, source for `read_volume`, reason why it cannot be used or None, person, split, and what else labels.csv has
+    """What is in the folder; no pixel is read.
 
     Raises ValueError or VolumeError if the table does not fit the files."""
-    root, path = Path(root), Path(root) / "labels.csv"
-    sources = {Path(str(s)).relative_to(root / "images").as_posix(): s for s in find_images(root / "images", dims)}
-    table = pd.read_csv(path, dtype=dict.fromkeys(["image", "patient", "split", "class"], str)) if path.is_file() else pd.DataFrame(dict(image=list(sources)))
-    if "image" not in table: raise ValueError(f"{path} has no column 'image': name there each file below images/")
-    if missing := sorted(set(table.image.fillna("")) - set(sources)):
-        raise ValueError(f"{path} names {missing[0]}, which is not below {root / 'images'} ({len(missing)} such in all): mend the name, or give other dims")
-    if "split" in table and (odd := set(table.split) - {"train", "valid", "test"}):
-        raise ValueError(f"{path} has the split {sorted(map(str, odd))[0]!r}: use train, valid and test")
-    if "patient" in table and table.patient.isna().any():
-        raise ValueError(f"{path} names no patient for {table.image[table.patient.isna()].iloc[0]}: fill the column, or leave it out")
-    table = table.assign(patient=table.patient if "patient" in table else table.image, source=table.image.map(sources))
+    images, path = Path(root) / "images", Path(root) / "labels.csv"
+    sources, skipped = _own_images(images, dims)
+    table = _own_table(path) if path.is_file() else pd.DataFrame(dict(image=[*sources, *skipped]))
+    names = [n if n in sources else n.removeprefix("images/") for n in table.image]
+    reasons = [None if n in sources else why for n, why in zip(names, _reasons(names, skipped))]
+    if missing := sorted(n for n, why in zip(names, reasons) if not why and n not in sources):
+        raise ValueError(f"{path} names {missing[0]}, which is not below {images} ({len(missing)} such in all): mend the name, or give other dims")
+    table = table.assign(image=names, source=[sources.get(n, images / n) for n in names], reason=reasons)
+    table["person"] = table.patient if "patient" in table else _persons(names, sources)
     if "split" in table: return table
-    labels = None if (root / "masks").is_dir() or not path.is_file() else _own_labels(path, table)[0]
-    return table.assign(split=split_by_patient(table.patient.tolist(), (0.7, 0.1, 0.2), seed, labels))
+    labels = None if (Path(root) / "masks").is_dir() or not path.is_file() else _own_labels(path, table)[0]
+    return table.assign(split=split_by_patient(table.person.tolist(), (0.7, 0.1, 0.2), seed, labels))
 
 # %% ../nbs/02a_folders.ipynb #557fadbf
 def _own_labels(path, table):
@@ -46,7 +93,7 @@ def _own_labels(path, table):
             raise ValueError(f"{path} names no class for {table.image[table['class'].isna()].iloc[0]}: leave that row out")
         classes = sorted(set(table["class"]))
         return table["class"].map(classes.index).to_numpy(np.int64), classes
-    names = [c for c in table if c not in ("image", "patient", "split", "source")]
+    names = [c for c in table if c not in ("image", "source", "reason", "person", "patient", "split")]
     if not names: raise ValueError(f"{path} needs a column of 0 and 1 for each label, or one column 'class' with names")
     for name in names:
         strange = table[~table[name].isin([0, 1]) & table[name].notna()]
@@ -56,14 +103,16 @@ def _own_labels(path, table):
 # %% ../nbs/02a_folders.ipynb #f970c418
 def _own_masks(root, names, images, spacing, cache):
     "Masks on disk with their values renumbered 1, 2, ..., and the values' names: a mask of 0 and 255 has one class."
-    masks, values = OnDisk([root / "masks" / name for name in names], read_mask, cache, spacing=spacing), set()
-    for path, image, mask in zip(masks.items, images, masks):
+    paths, values = [root / "masks" / name for name in names], set()
+    if away := next(filter(None, (link_away(path, root / "masks") for path in paths)), None): raise VolumeError(away)
+    masks = OnDisk(paths, read_mask, cache, spacing=spacing)
+    for path, image, mask in zip(paths, images, masks):
         if mask.shape != image.shape[1:]:
             raise ValueError(f"{path} has shape {mask.shape}, but its image has {image.shape[1:]}: they must cover the same grid")
         values |= set(np.unique(mask).tolist()) - {0}
     if not values: raise ValueError(f"{root / 'masks'} has nothing but background: there is nothing to learn")
     number = {v: k for k, v in enumerate(sorted(values), 1)}
-    return OnDisk(masks.items, read_mask, cache, spacing=spacing, values=number), [f"class {v}" for v in number]
+    return OnDisk(paths, read_mask, cache, spacing=spacing, values=number), [f"class {v}" for v in number]
 
 # %% ../nbs/02a_folders.ipynb #dadb8b51
 def folder_cases(
@@ -80,9 +129,10 @@ def folder_cases(
     Raises ValueError, VolumeError or FileNotFoundError, one sentence, for files and tables that do not fit."""
     root, masks = Path(root), (Path(root) / "masks").is_dir()
     table = folder_table(root, dims, seed)
+    if table.reason.notna().any(): raise VolumeError(table.reason.dropna().iloc[0])
     images = OnDisk(table.source.tolist(), read_image, cache, spacing=spacing, size=None if masks else size, window=window)
     if masks: targets, classes = _own_masks(root, table.image, images, spacing, cache)
     elif (root / "labels.csv").is_file(): targets, classes = _own_labels(root / "labels.csv", table)
     else: raise FileNotFoundError(f"{root / 'labels.csv'} is missing, and so is masks/: give one of them, to learn from")
-    return Cases(root.resolve().name, dims, "segment" if masks else "classify", images, targets, classes, table.patient.tolist(), table.split.tolist(),
-                 note=f"{len(table)} images of {table.patient.nunique()} patients", names=table.image.tolist())
+    return Cases(root.resolve().name, dims, "segment" if masks else "classify", images, targets, classes, table.person.tolist(), table.split.tolist(),
+                 note=f"{len(table)} images of {table.person.nunique()} patients", names=table.image.tolist())

@@ -17,11 +17,12 @@ from .cases import Cases
 from .files import OnDisk
 from .folders import folder_cases, folder_table
 from .luna16 import LUNG, luna16_cases, luna16_nodules
-from .medmnist import medmnist_sizes, read_medmnist
+from .medmnist import read_medmnist
 from .radiographs import chest14_cases, chexpert_cases
 from .scans import SOFT_TISSUE, brats_cases, lits_cases, msd_cases
 from .splits import read_split, use_split
-from .volumes import VolumeError
+from .store import COLUMNS
+from .volumes import Sources, VolumeError, link_away
 from .workers import in_processes
 
 # %% ../nbs/02f_layouts.ipynb #2b7485f6
@@ -61,6 +62,12 @@ def find_layout(
     "What a data set on disk is."
     return next((layout for layout in LAYOUTS if layout.mark(Path(root))), None)
 
+# %% ../nbs/02f_layouts.ipynb #5815f354
+def _links_away(root, arrays):
+    "Files of a sequence on disk that leave the data set through a link, each with a sentence that says so."
+    items = [item if isinstance(item, tuple) else (item,) for item in (arrays.items if isinstance(arrays, OnDisk) else ())]
+    return {p: why for p in dict.fromkeys(p for item in items for p in item if isinstance(p, Path)) if (why := link_away(p, root))}
+
 # %% ../nbs/02f_layouts.ipynb #916823a7
 def open_cases(
     root,  # any of the layouts
@@ -78,6 +85,8 @@ def open_cases(
     layout = find_layout(root) or LAYOUTS[0]                                             # whose complaint says what is missing
     _check_dims(root, layout, dims)
     cases = layout.open(Path(root), SimpleNamespace(dims=dims, spacing=spacing, size=size, window=window, seed=seed, cache=cache))
+    away = {} if layout is LAYOUTS[0] else _links_away(root, cases.images) | _links_away(root, cases.targets)
+    if away: raise VolumeError(next(iter(away.values())))
     if cases.dims != dims: raise ValueError(f"{root} is {cases.dims}D: give dims {cases.dims}")
     return cases if split is None else use_split(cases, split)
 
@@ -114,18 +123,25 @@ def prepare_cases(
     return replace(readable, unlabelled=None, unlabelled_valid=None), skipped
 
 # %% ../nbs/02f_layouts.ipynb #27ac703d
+def _facts(table):
+    "What a manifest shall tell of each image of `folder_table`: part, the patient if one is named, and the columns of 0 and 1."
+    labels = [c for c in table if c not in ("image", "source", "reason", "person", *COLUMNS) and table[c].dropna().isin([0, 1]).all()]
+    return table[[c for c in ("patient", "split") if c in table] + labels].to_dict("records")
+
 def _listed(root, dims, seed):
-    "Sources (one, or a tuple of channels), patients, parts and names, without reading an image."
+    "A set's name, of each image its source (one, or a tuple of channels), name and facts, and why some sources cannot be used; without reading an image."
     layout = find_layout(root)
     _check_dims(root, layout, dims)
     if layout is LAYOUTS[0]:
         table = folder_table(root, dims, seed)
-        return Path(root).resolve().name, list(zip(table.source, table.patient, table.split, table.image))
+        bad = table[table.reason.notna()]
+        return Path(root).resolve().name, list(zip(table.source, table.image, _facts(table))), dict(zip(bad.source, bad.reason))
     asked = SimpleNamespace(dims=dims, spacing=None, size=None, window=None, seed=seed, cache=None)
     cases = luna16_cases(root) if layout.name == "LUNA16" else layout.open(Path(root), asked)
     if not isinstance(cases.images, OnDisk):
         raise ValueError(f"{root} is one file of {layout.name} and not a folder of images: pretrain on it in Python, with crop_loaders")
-    return cases.name, list(zip(cases.images.items, cases.patients, cases.split, cases.names))
+    facts = [dict(patient=str(p), split=part) for p, part in zip(cases.patients, cases.split)]
+    return cases.name, list(zip(cases.images.items, cases.names, facts)), _links_away(root, cases.images)
 
 # %% ../nbs/02f_layouts.ipynb #67c352fe
 def pretraining_sources(
@@ -133,7 +149,7 @@ def pretraining_sources(
     dims: int,  # 2 or 3
     seed: int = 0,  # of the split, as far as none is published
     split=None,  # file by `write_split`; None: the set's own parts
-) -> tuple:  # for `build_store`: sources and `describe`, or the plain folder and None
+) -> tuple:  # for `build_store`: `Sources` and `describe`, or the plain folder and None
     """The images that pretraining may see, and whose they are.
 
     Raises ValueError, VolumeError or FileNotFoundError, one sentence, where the folder does not hold what it should."""
@@ -141,15 +157,17 @@ def pretraining_sources(
         if split is not None:
             raise ValueError(f"{root} is a plain folder, to which a split does not apply: give it images/ and labels.csv, see the page folders")
         return root, None
-    name, rows = _listed(root, dims, seed)
+    name, rows, skipped = _listed(root, dims, seed)
     if split is not None:
         facts, table = read_split(split)
         if facts["set"] != name: raise ValueError(f"{split} is a split of {facts['set']}: {root} is {name}")
         of = dict(zip(table.case, table.split))
-        rows = [(source, patient, of[case], case) for source, patient, _, case in rows if case in of]
-    wanted = {"unlabelled"} if any(part == "unlabelled" for _, _, part, _ in rows) else {"train", "valid"}
+        rows = [(source, case, facts | dict(split=of[case])) for source, case, facts in rows if case in of]
+    wanted = {"unlabelled"} if any(facts["split"] == "unlabelled" for _, _, facts in rows) else {"train", "valid"}
     contrasts = lambda source: source if isinstance(source, tuple) else (source,)
-    known = {path: dict(volume=case if path is source else f"{case} {k}", patient=str(patient), split="train")
-             for source, patient, part, case in rows if part in wanted for k, path in enumerate(contrasts(source))}
-    if not known: raise ValueError(f"{root} has no images outside of its test part: pretraining has nothing to see")
-    return list(known), known.get
+    known = {path: facts | dict(volume=case if path is source else f"{case} {k}") for source, case, facts in rows if facts["split"] in wanted
+             for k, path in enumerate(contrasts(source)) if path not in skipped}
+    if not known:
+        why = f", and {len(skipped)} are skipped, the first: {min(skipped.items())[1]}" if skipped else ": pretraining has nothing to see"
+        raise ValueError(f"{root} has no images outside of its test part{why}")
+    return Sources(known, skipped.items()), known.get
