@@ -12,6 +12,8 @@ from itertools import product
 from pathlib import Path
 import numpy as np, pandas as pd
 from .cases import Cases
+from .medmnist import read_arrays
+from .sources import read_table
 from .volumes import percentile_window, read_volume, resize2d, to_uint8
 
 # %% ../nbs/02_datasets.ipynb #ea85f253
@@ -53,10 +55,10 @@ def brain_cases(
 # %% ../nbs/02_datasets.ipynb #5008d031
 FINDINGS = ["Infiltration", "Atelectasis", "Effusion", "Edema"]
 
-def _read_table(path):
+def _table(path):
     "A csv file, or an error that says what was expected there."
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: give the folder that holds {path.name}")
-    return pd.read_csv(path)
+    return read_table(path)
 
 def nih_cases(
     root,  # folder nih_cxr14_subset: `labels.csv` and `images/`
@@ -64,7 +66,7 @@ def nih_cases(
     pool=None,  # npz file whose `images` (N, H, W) uint8 join the pretraining pool, such as mednist_cxr64
 ) -> Cases:  # task "classify": `FINDINGS`, several may hold
     "Four findings in the Pneumonia half of the NIH ChestX-ray14 subset; official split by patient."
-    table = _read_table(Path(root) / "labels.csv").assign(split=lambda t: t.split.replace("val", "valid"))
+    table = _table(Path(root) / "labels.csv").assign(split=lambda t: t.split.replace("val", "valid"))
     square = lambda array: to_uint8(resize2d(array, size) / 255)[None]
     table["pixels"] = [square(read_volume(Path(root) / "images" / name).array) for name in table.image]
     extra = [] if pool is None else [square(x) for x in np.load(pool)["images"]]
@@ -84,7 +86,7 @@ def hippocampus_cases(
     root,  # folder hippocampus: `splits.csv`, `imagesTr/`, `labelsTr/`
 ) -> Cases:  # task "segment": 1 anterior, 2 posterior; shapes differ from case to case
     "Hippocampus segmentation, part of the Decathlon's Task04: each volume a patient of its own."
-    table = _read_table(Path(root) / "splits.csv")
+    table = _table(Path(root) / "splits.csv")
     read = lambda folder, case: read_volume(Path(root) / folder / f"{case}.nii.gz").array
     images = [_pad_to(to_uint8(percentile_window(read("imagesTr", case))), 32)[None] for case in table.case]
     masks = [_pad_to(read("labelsTr", case).astype(np.uint8), 32) for case in table.case]
@@ -100,9 +102,7 @@ def adrenal_cases(
 
     Raises FileNotFoundError if the file is missing, ValueError if it holds something else."""
     if not Path(path).exists(): raise FileNotFoundError(f"{path} is missing: AdrenalMNIST3D at 64 voxels, from medmnist.com")
-    arrays, parts = np.load(path), dict(train="train", valid="val", test="test")  # numpy unpickles nothing by default
-    if missing := [f"{p}_{k}" for p in parts.values() for k in ("images", "labels") if f"{p}_{k}" not in arrays]:
-        raise ValueError(f"{path} has no {missing[0]}: it is not AdrenalMNIST3D")
+    arrays, parts = read_arrays(path), dict(train="train", valid="val", test="test")
     n = 64 // side
     shrink = lambda x: x if n == 1 else x.reshape(len(x), side, n, side, n, side, n).mean((2, 4, 6)).round().astype(np.uint8)
     images = np.concatenate([shrink(arrays[f"{p}_images"]) for p in parts.values()])[:, None]

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .cases import Cases
 from .files import OnDisk, read_image
+from .sources import read_table
 from .volumes import VolumeError, to_uint8, window as apply_window
 
 # %% ../nbs/02e_luna16.ipynb #6165fa3f
@@ -74,10 +75,10 @@ def read_crop(
     return to_uint8(apply_window(sitk.GetArrayFromImage(seen), *window))[None]
 
 # %% ../nbs/02e_luna16.ipynb #f50f0b22
-def _places(path, scans):
-    "A table of places whose scans are here, with the columns subset and path."
-    table = pd.read_csv(path)
-    if missing := [c for c in ("seriesuid", "coordX", "coordY", "coordZ") if c not in table]:
+def _places(path, scans, *more):
+    "A table of places, with the columns `more`, whose scans are here; with the columns subset and path."
+    table = read_table(path)
+    if missing := [c for c in ("seriesuid", "coordX", "coordY", "coordZ", *more) if c not in table]:
         raise ValueError(f"{path} has no column {missing[0]!r}: it is not a table of LUNA16")
     table = table.assign(row=range(len(table)))[table.seriesuid.isin(scans)]
     if not len(table): raise ValueError(f"{path} names none of the {len(scans)} scans that are here: unpack the subset that it belongs to")
@@ -118,7 +119,7 @@ def luna16_nodules(
     root, scans = Path(root), _scans(root)
     found = [p for p in (root / "candidates_V2.csv", root / "candidates_V2" / "candidates_V2.csv", root / "candidates.csv") if p.is_file()]
     if not found: raise FileNotFoundError(f"{root} has no candidates_V2.csv: it is a file of its own beside the subsets' archives")
-    table = _places(found[0], scans)
+    table = _places(found[0], scans, "class")
     if per_nodule is not None: table = _draw_negatives(table, per_nodule, seed)
     crops = OnDisk(list(zip(table.path, zip(table.coordX, table.coordY, table.coordZ))), read_crop, cache, size=size, spacing=spacing, window=window)
     names, n = [f"{uid}_{row}" for uid, row in zip(table.seriesuid, table.row)], int((table["class"] == 1).sum())

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .cases import Cases, split_by_patient
 from .files import OnDisk, read_image
+from .sources import read_table
 
 # %% ../nbs/02b_radiographs.ipynb #26d43059
 CHEST14 = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation", "Edema",
@@ -22,6 +23,12 @@ def _one(root, pattern):
     found = sorted(Path(root).glob(pattern))
     if not found: raise FileNotFoundError(f"{root} has no {pattern}: give the folder as its publisher ships it")
     return found[0]
+
+def _columns(path, names, **settings):
+    "A table, or an error that says which column is missing."
+    table = read_table(path, **settings)
+    if missing := [name for name in names if name not in table]: raise ValueError(f"{path} has no column {missing[0]!r}: get it again from the set's publisher")
+    return table
 
 def _findings(table, path):
     "Labels (N, 14) from the names that are joined by |."
@@ -46,7 +53,7 @@ def chest14_cases(
     Raises FileNotFoundError or ValueError where the folder is not as published."""
     root = Path(root)
     entries, lists = _one(root, "Data_Entry_2017*.csv"), {part: _one(root, f"{part}_list.txt").read_text().split() for part in ("train_val", "test")}
-    table, paths = pd.read_csv(entries).set_index("Image Index"), _pngs(root)
+    table, paths = _columns(entries, ("Image Index", "Finding Labels", "Patient ID")).set_index("Image Index"), _pngs(root)
     names = lists["train_val"] + lists["test"]
     for have, what in ((paths, "below images/"), (table.index, f"in {entries.name}")):
         if missing := [n for n in names if n not in have]:
@@ -77,13 +84,13 @@ def chexpert_cases(
     if uncertain not in UNCERTAIN:
         raise ValueError(f"there is no policy {uncertain!r} for uncertain labels: choose one of {', '.join(UNCERTAIN)}")
     root = Path(root)
-    tables = [pd.read_csv(_one(root, f"{part}.csv")) for part in ("train", "valid")]
+    tables = [_columns(_one(root, f"{part}.csv"), ("Path", *CHEXPERT), dtype=dict(Path=str)) for part in ("train", "valid")]
     table = pd.concat(tables, ignore_index=True)
-    names = table.Path.str.split("/", n=1).str[1].tolist()                                # without the top folder's name, which may have been changed
-    if missing := [n for n in names if not (root / n).is_file()]:
+    found = table.Path.str.extract(r"[^/]*/(.*(patient\d+)/.*)").fillna("")              # without the top folder's name, which may have been changed
+    names, patients, n = found[0].tolist(), found[1].tolist(), len(tables[0])
+    if missing := [path for path, name in zip(table.Path, names) if not (root / name).is_file()]:
         raise ValueError(f"{root} lacks {len(missing)} of {len(names)} radiographs, {missing[0]} first: unpack it again")
     labels = table[CHEXPERT].fillna(0).replace(-1, UNCERTAIN[uncertain]).to_numpy(np.float32)
-    patients, n = table.Path.str.extract(r"(patient\d+)")[0].tolist(), len(tables[0])
     split = split_by_patient(patients[:n], (0.9, 0.1, 0), seed, labels[:n]) + ["test"] * len(tables[1])
     images = OnDisk([root / n for n in names], read_image, cache, size=size, window=(0, 255))
     return Cases("chexpert", 2, "classify", images, labels, CHEXPERT, patients, split,

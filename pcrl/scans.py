@@ -96,8 +96,12 @@ def _dataset_json(root):
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: give the folder of one task, as it is unpacked")
     try: facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not JSON ({e}): unpack it again") from None
-    if missing := [k for k in ("name", "modality", "labels", "training") if k not in facts]:
-        raise ValueError(f"{path} has no {missing[0]!r}: it is not a task of the Decathlon")
+    kinds, facts = dict(name=str, modality=dict, labels=dict, training=list), facts if isinstance(facts, dict) else {}
+    if missing := [k for k, kind in kinds.items() if not isinstance(facts.get(k), kind)]:
+        raise ValueError(f"{path} has no {missing[0]!r} as the Decathlon writes it: it is not one of its tasks")
+    pairs = [isinstance(pair, dict) and all(isinstance(pair.get(k), str) for k in ("image", "label")) for pair in facts["training"]]
+    if not all(pairs) or not pairs: raise ValueError(f"{path} does not list in 'training' the files of an image and a label for each case: unpack it again")
+    if odd := [k for k in facts["labels"] if not k.isdecimal()]: raise ValueError(f"{path} names the label {odd[0]!r} where the Decathlon has its number: it is not one of its tasks")
     return facts
 
 def _msd_window(facts):
