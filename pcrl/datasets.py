@@ -10,7 +10,7 @@ __all__ = ['ZONES', 'FINDINGS', 'brain_cases', 'nih_cases', 'hippocampus_cases',
 # %% ../nbs/02_datasets.ipynb #e049f323
 from itertools import product
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np
 from .cases import Cases
 from .medmnist import read_arrays
 from .sources import read_table

@@ -21,7 +21,8 @@ from .volumes import READERS, VolumeError, find_images, link_away
 def _own_images(images, dims):
     "Sources by their names below images/; and why others cannot be used, by name."
     found = find_images(images, dims)
-    if not found and not found.skipped: raise VolumeError(f"{images} has no {dims}D images, nor have its subfolders: give another folder, or other dims")
+    left = f" (skipped: {len(found.skipped)}, the first: {found.skipped[0][1]})" if found.skipped else ""
+    if not found: raise VolumeError(f"{images} has no {dims}D images, nor have its subfolders{left}: give another folder, or other dims")
     name = lambda source: Path(os.path.relpath(str(source), images)).as_posix().removeprefix("../")
     return {name(s): s for s in found}, {name(p): why for p, why in found.skipped}
 

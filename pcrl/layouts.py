@@ -159,8 +159,8 @@ def pretraining_sources(
         return root, None
     name, rows, skipped = _listed(root, dims, seed)
     if split is not None:
-        facts, table = read_split(split)
-        if facts["set"] != name: raise ValueError(f"{split} is a split of {facts['set']}: {root} is {name}")
+        made, table = read_split(split)
+        if made["set"] != name: raise ValueError(f"{split} is a split of {made['set']}: {root} is {name}")
         of = dict(zip(table.case, table.split))
         rows = [(source, case, facts | dict(split=of[case])) for source, case, facts in rows if case in of]
     wanted = {"unlabelled"} if any(facts["split"] == "unlabelled" for _, _, facts in rows) else {"train", "valid"}
@@ -168,6 +168,6 @@ def pretraining_sources(
     known = {path: facts | dict(volume=case if path is source else f"{case} {k}") for source, case, facts in rows if facts["split"] in wanted
              for k, path in enumerate(contrasts(source)) if path not in skipped}
     if not known:
-        why = f", and {len(skipped)} are skipped, the first: {min(skipped.items())[1]}" if skipped else ": pretraining has nothing to see"
-        raise ValueError(f"{root} has no images outside of its test part{why}")
+        left = f" (skipped: {len(skipped)}, the first: {min(skipped.items())[1]})" if skipped else ""
+        raise ValueError(f"{root} has no images outside of its test part{left}: pretraining has nothing to see")
     return Sources(known, skipped.items()), known.get

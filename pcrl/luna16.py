@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from .cases import Cases
 from .files import OnDisk, read_image
 from .sources import read_table
-from .volumes import VolumeError, to_uint8, window as apply_window
+from .volumes import VolumeError, read_header, to_uint8, window as apply_window
 
 # %% ../nbs/02e_luna16.ipynb #6165fa3f
 LUNG = (-1000, 1000)  # HU
@@ -57,6 +57,7 @@ def read_crop(
 ) -> np.ndarray:  # (1, D, H, W), uint8
     "The surroundings of a place in a scan. Raises VolumeError if the file cannot be read or the place is outside of it."
     import SimpleITK as sitk
+    read_header(item[0])                                                                   # which refuses voxels that a link leads to
     (path, point), size, spacing = item, np.array(size[::-1]), np.array(spacing[::-1], float)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))

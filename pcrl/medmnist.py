@@ -132,11 +132,11 @@ def read_arrays(
 ) -> dict:  # train_images, train_labels, and the same of val and test
     """The arrays of a MedMNIST file.
 
-    Raises ValueError if it is none or damaged, OSError if it cannot be opened."""
+    Raises ValueError if it is none or damaged, OSError or MemoryError if it cannot be had."""
     names = [f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels")]
     try:
         with np.load(path, allow_pickle=False) as file: arrays = {name: file[name] for name in names if name in file}
-    except OSError: raise
+    except (OSError, MemoryError): raise
     except Exception as e: raise ValueError(f"{path} cannot be read as a file of MedMNIST ({type(e).__name__}): it is damaged or of another kind, get it again") from None
     if missing := [name for name in names if name not in arrays]: raise ValueError(f"{path} has no {missing[0]}: it is not a file of MedMNIST")
     return arrays
@@ -157,8 +157,8 @@ def read_medmnist(
     flag: str,  # the set that it is of
 ) -> Cases:  # task "classify", official split
     "A MedMNIST file. Raises ValueError if there is no such set or the file holds something else."
-    medmnist_sizes(flag)
     arrays, parts = read_arrays(path), dict(train="train", valid="val", test="test")
+    if flag not in _SETS: raise ValueError(f"{path} is not known, MedMNIST has no set {flag!r}: call it as its publisher does, such as {next(iter(_SETS))}.npz")
     images = [x for p in parts.values() for x in _channels_first(arrays[f"{p}_images"])]    # views: nothing is copied
     labels = {part: arrays[f"{p}_labels"] for part, p in parts.items()}
     targets, names = _targets(flag, np.concatenate(list(labels.values())))
