@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 from .cases import Cases, split_by_patient
 from .dicom import dicom_header, dicom_kind, discreet, is_dicom
 from .files import OnDisk, read_image, read_mask
-from .sources import read_table
+from .store import labels_table
 from .volumes import READERS, VolumeError, find_images, link_away
 
 # %% ../nbs/02a_folders.ipynb #c1cb9206
@@ -36,9 +36,8 @@ def _reasons(names, skipped):
 # %% ../nbs/02a_folders.ipynb #4b2b8e34
 def _own_table(path):
     "labels.csv, with the part val called valid."
-    table = read_table(path, dtype=dict.fromkeys(["image", "patient", "split", "class"], str))
-    if "image" not in table: raise ValueError(f"{path} has no column 'image': name there each file below images/")
-    if not len(table) or table.image.isna().any(): raise ValueError(f"{path} has no row, or one without a name in the column 'image': name there each file below images/")
+    table = labels_table(path)
+    if not len(table): raise ValueError(f"{path} has no row: name there each file below images/")
     if "patient" in table and table.patient.isna().any():
         raise ValueError(f"{path} names no patient for {table.image[table.patient.isna()].iloc[0]}: fill the column, or leave it out")
     if "split" not in table: return table
