@@ -173,6 +173,7 @@ class Checkpoints(Callback):
     ):
         self.folder, self.every, self.stopped_by = Path(folder), every, None
         self.kept, self.cost, self.unsaved = {}, 0.0, False  # `kept`: record's name to all files of a checkpoint
+        self.best_files, self.copy = {}, 0  # file and checksum of the copies of the best weights, and which was written last
 
     def before_fit(self): self.last = time.perf_counter()
     def before_validate(self): self.random = random_state(self.dls)
@@ -243,14 +244,15 @@ def _write(self: Checkpoints, epoch: int, batch: int, random: tuple[dict, dict[s
 # %% ../nbs/08d_checkpoints.ipynb #cd3464d9
 @patch
 def _write_best(self: Checkpoints) -> dict[str, list[str]]:
-    "File and checksum of the best weights, written when they are new; empty if there are none."
+    "File and checksum of the best weights, of which two checkpoints have a copy each, written when they are new; empty if there are none."
     best = getattr(self.learn, "keep_best", None)
     if best is None or not best.weights: return {}
-    path = self.folder / f"best-{best.kept_epoch:05}.safetensors"
-    if not path.exists() or self.best_file[0] != path.name:
+    self.copy = 1 - self.copy
+    path = self.folder / f"best-{best.kept_epoch:05}-{self.copy}.safetensors"
+    if not path.exists() or self.best_files.get(self.copy, [None])[0] != path.name:
         tensors = {f"{part}.{k}": v for part, weights in best.weights.items() for k, v in weights.items()}
-        self.best_file = [path.name, write_tensors(path, tensors)]
-    return dict(best=self.best_file)
+        self.best_files[self.copy] = [path.name, write_tensors(path, tensors)]
+    return dict(best=self.best_files[self.copy])
 
 # %% ../nbs/08d_checkpoints.ipynb #ad535ecb
 class Resumed(Callback):
@@ -300,7 +302,7 @@ def restore(
     name = f"epoch-{record['epoch']:05}-batch-{record['batch']:06}.json"
     run.kept = {name: {name, *(file for file, _ in record["files"].values())}}
     if "best" in record["files"]:
-        run.best_file, best = record["files"]["best"], [k.split(".", 2) for k in tensors if k.startswith("best.")]
+        run.copy, best = int(record["files"]["best"][0][-len("0.safetensors")]) % 2, [k.split(".", 2) for k in tensors if k.startswith("best.")]
         learn.keep_best.weights = {part: {k: tensors[f"best.{part}.{k}"] for _, p, k in best if p == part} for part in learn.keep_best.parts}
     rest = {k: v for k, v in tensors.items() if not k.startswith(("model.", "optimizer.", "best."))}
     _load_callbacks(learn, record["callbacks"], rest)

@@ -6,11 +6,12 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Split', 'Out', 'Epochs', 'Resume', 'Every', 'main',
-           'one_sentence', 'DemoData', 'demo', 'parse_crop', 'pretrain', 'diagnose', 'split', 'name_each', 'ManyRatios',
-           'finetune', 'predict', 'compare', 'export', 'bench', 'reproduce', 'progress', 'store', 'check']
+           'one_sentence', 'stoppable', 'DemoData', 'demo', 'parse_crop', 'above_zero', 'pretrain', 'diagnose', 'split',
+           'name_each', 'ManyRatios', 'finetune', 'predict', 'compare', 'export', 'bench', 'reproduce', 'progress',
+           'store', 'check']
 
 # %% ../nbs/20_cli.ipynb #18391989
-import os, warnings
+import math, os, signal, threading, warnings
 from contextlib import contextmanager
 from enum import Enum
 from functools import wraps
@@ -42,10 +43,28 @@ def one_sentence(
         try: return command(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as e:
             sentence = str(e).rpartition("`:\n\t")[2]  # fastai puts the name of its callback before an error's own words
+            if getattr(e, "strerror", None):  # the system's own words
+                sentence = f"{e.filename or 'a file'} cannot be read or written ({e.strerror}): make room, mend its rights, or choose another place"
             from pcrl.sources import printable
             typer.secho(f"pcrl: {printable(sentence)}", err=True, fg="red")
             raise typer.Exit(getattr(e, "exit_code", 1)) from None
     return run
+
+
+@contextmanager
+def stoppable():
+    "Let SIGTERM and Ctrl-C end a command with the code that says that it can be continued, also where it is not training."
+    process, numbers = os.getpid(), (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    def stop(number, _frame):
+        if os.getpid() != process: os._exit(128 + number)  # a worker
+        raise KeyboardInterrupt(signal.Signals(number).name)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try: yield
+    except KeyboardInterrupt as e:
+        from pcrl.checkpoints import RunStopped
+        raise RunStopped(f"stopped by {e}: continue with --resume") from None
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
 
 # %% ../nbs/20_cli.ipynb #a60202be
 class DemoData(str, Enum):
@@ -100,12 +119,21 @@ Split = Annotated[Path | None, typer.Option(help="File by `pcrl split`: who is u
 Out = Annotated[Path, typer.Option(help="Run folder; must not hold another run.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in OUT from its newest checkpoint, with the same options.")]
+def above_zero(
+    value: float | None,  # of an option
+) -> float | None:  # the same
+    "Refuse what is no number above 0."
+    if value is not None and not 0 < value < math.inf: raise typer.BadParameter(f"{value:g} is not a number above 0")
+    return value
+
+
 Every = Annotated[int | None, typer.Option("--checkpoint-every", min=1, metavar="STEPS", help=(
     "Steps between checkpoints. If left out they are written by the clock, so seldom that they take at most 1 % of the time."))]
 
 # %% ../nbs/20_cli.ipynb #27b2e532
 @app.command()
 @one_sentence
+@stoppable()
 def pretrain(
     src: Annotated[Path, typer.Argument(metavar="SRC", help=(
         "A folder of images, searched with all its subfolders; a data set as published, whose test part is left out; or a store."))],
@@ -119,8 +147,8 @@ def pretrain(
     crop: Crop = None,
     bs: Annotated[int | None, typer.Option(min=2, help="Crop pairs in a batch; the recipe's, or 8.")] = None,
     pairs_per_image: Annotated[int | None, typer.Option(min=1, help="Crop pairs drawn from each image in an epoch; the recipe's if left out.")] = None,
-    width: Annotated[int | None, typer.Option(help="Channels of the first level; 64, the paper's, if left out; 16 suits a CPU.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; the recipe's if left out.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the first level; 64, the paper's, if left out; 16 suits a CPU.")] = None,
+    lr: Annotated[float | None, typer.Option(callback=above_zero, help="Learning rate; the recipe's if left out.")] = None,
     valid: Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of the patients that is kept for validation.")] = 0.1,
     size: Size = 256,
     spacing: Annotated[tuple[float, float, float] | None, typer.Option(
@@ -137,11 +165,15 @@ def pretrain(
     from pcrl import budget as b, pretrain as p, runs
     from pcrl.checkpoints import StopOnSignal
     from pcrl.recipes import at_size, get_recipe, loader_settings
-    r, settings = get_recipe(recipe, dims), {} if lr is None else dict(lr=lr)
+    for option, value in dict(split=split, spacing=spacing, window=window).items():
+        if value is not None and (src / "store.json").exists():
+            raise ValueError(f"{src} is a store, which --{option} does not change: leave it out, or give the images that the store was made of")
+    r, settings, images = get_recipe(recipe, dims), {} if lr is None else dict(lr=lr), out.with_name(f"{out.name}-store")
+    resume = resume and ((out / "config.json").exists() or not images.exists())  # stopped while it read images, it begins
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
     crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
     spacing, size = (spacing or r.spacing or (1.0, 1.0, 1.0), None) if dims == 3 else (None, size)
-    store = p.open_store(src, out.with_name(f"{out.name}-store"), dims, spacing, size, window or r.window, seed, split)
+    store = p.open_store(src, images, dims, spacing, size, window or r.window, seed, split)
     loaders = lambda **chosen: p.store_loaders(store, valid=valid, seed=seed, num_workers=workers, **crops | chosen)
     plan = None
     if minutes is not None:
@@ -209,6 +241,7 @@ class ManyRatios(typer.core.TyperCommand):
 # %% ../nbs/20_cli.ipynb #e6d987d3
 @app.command(cls=ManyRatios)
 @one_sentence
+@stoppable()
 def finetune(
     src: Annotated[Path, typer.Argument(metavar="SRC", help=(
         "A folder with `images/` and either `masks/` (files of the same names: segmentation) or `labels.csv` (columns image, optionally "
@@ -229,9 +262,9 @@ def finetune(
     epochs: Epochs = 50,
     crop: Crop = None,
     bs: Annotated[int, typer.Option(min=2, help="Images or crops in a batch.")] = 4,
-    width: Annotated[int | None, typer.Option(help="Channels of the first level; the pretraining's if left out, or 64.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of the first level; the pretraining's if left out, or 64.")] = None,
     backbone: Annotated[str | None, typer.Option(help="2D: `resnet18`, `resnet50`, ..., or a network of timm's; the pretraining's, or `resnet18`, if left out.")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate; the default is for full width, a narrow network wants more.")] = 1e-4,
+    lr: Annotated[float, typer.Option(callback=above_zero, help="Learning rate; the default is for full width, a narrow network wants more.")] = 1e-4,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower validation loss; never if left out.")] = None,
     class_weights: Annotated[bool, typer.Option("--class-weights", help="Of labels: let rare ones weigh as much as common ones.")] = False,
     loss: Annotated[str, typer.Option(help="Of segmentation: `dice`, or `dice_ce`, which adds cross entropy and suits very few cases.")] = "dice",
@@ -252,9 +285,10 @@ def finetune(
     from pcrl.repeats import finetune_repeats, spread
     if ratios and labelled: raise ValueError("--ratios and --labelled do not go together: each says how many training cases are used")
     if compare and not ratios: raise ValueError("--compare needs --ratios, such as --ratios 0.1 1; runs that are there already are compared by `pcrl compare`")
-    crop = parse_crop(crop, dims)
+    crop, prepared = parse_crop(crop, dims), cache or out.with_name(f"{out.name}-cases")
+    resume = resume and (any(out.glob("**/config.json")) or not prepared.exists())  # stopped while it prepared cases, it begins
     for source in (init, compare): check_init(source, dims)
-    cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed, cache or out.with_name(f"{out.name}-cases"), split)
+    cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed, prepared, split)
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
     settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=crop, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,

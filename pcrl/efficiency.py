@@ -17,7 +17,7 @@ import numpy as np, pandas as pd
 from .cases import Cases
 from .compare import compare_arms, find_arms, shown
 from .finetune import finetune
-from .repeats import facts, finetune_repeats, markdown_table, origin
+from .repeats import check_options, facts, finetune_repeats, markdown_table, origin
 from .runs import read_config, write_whole
 from .splits import write_split
 
@@ -200,6 +200,8 @@ def label_efficiency(
     _check_curve(out, [folder for pair in cells.values() for folder in pair], resume)
     settings = {k: v for k, v in settings.items() if v is not None}
     settings, tables = _network_of(init, against) | settings, []
+    for n, pair in cells.items():
+        for folder, start in zip(pair, starts): check_options(folder, cases, seed, n, start, settings)
     for n, pair in cells.items():
         for folder, start in zip(pair, starts):
             begun = resume and any(folder.glob("**/config.json"))

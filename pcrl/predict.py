@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .classify import Classifier
 from .preparation import prepare_again, unlike_seen
-from .records import read_tensors
-from .runs import encoder_settings, load_unet, load_weights_, read_config, write_whole
+from .sources import printable
+from .runs import encoder_settings, load_part_, load_unet, load_weights_, read_config, write_whole
 from .segment import overlay_figure
 from .sliding import Ensemble, FlipAverage, predict_mask
 from .transforms import to_unit
@@ -49,11 +49,11 @@ def _members(run: Path) -> list[Path]:
 def load_model(
     run: str | Path,  # a run of `finetune`
 ) -> nn.Module:  # images to logits
-    "A finetuned network with the weights of its best epoch."
+    "A finetuned network with the weights of its best epoch; raises ValueError if they are another network's."
     run, config = Path(run), read_config(run)
     if config["task"] == "segment": return load_unet(run)
     model = Classifier(load_weights_(UNet(**encoder_settings(run)), run, ("encoder",)).encoder, len(config["labels"]))
-    model.head.load_state_dict(read_tensors(run / "head.safetensors"))
+    load_part_(model.head, run / "head.safetensors")
     return model
 
 # %% ../nbs/13d_predict.ipynb #9a2fd23b
@@ -222,27 +222,37 @@ def predict(
 ) -> tuple[int, int]:  # inputs that were predicted, and that were skipped
     """Predict every input: masks in its own geometry and format, or probabilities; `predictions.csv` lists them, `skipped.csv` what could not be read.
 
-    Raises FileNotFoundError or ValueError for a run that cannot predict, FileExistsError if `out` holds predictions already."""
+    Raises FileNotFoundError or ValueError for a run that cannot predict, FileExistsError if `out` holds predictions already, OSError if it cannot be written."""
     of, out = load_finetuned(run), Path(out)
     if (out / "predictions.csv").exists() or (out / "skipped.csv").exists(): raise FileExistsError(f"{out} holds predictions already: choose another folder, or remove it first")
     dims, model = of.config["dims"], of.models[0] if len(of.models) == 1 else Ensemble(of.models)
     if flips: model = FlipAverage(model, range(-dims, 0))
     sources, skipped = list_sources(inputs, dims)
     rows = []
-    for i, (source, name) in enumerate(sources, 1):
-        try:
-            volume = _read_for(source, of.config)
-            warned = unlike_seen(volume, of.config["preparation"])
-            for sentence in warned: warnings.warn(f"{source}: {sentence}")
-            figure = out / "figures" / f"{name}.png"
-            if of.config["task"] == "segment": found = dict(mask=name.as_posix()) | _predict_mask_file(of, model, volume, out / name, figure)
-            else: found = _predict_labels(of, volume, figure)
-            rows.append(dict(run=of.id, source=str(source), **found, warning="; ".join(warned)))
-            tell(f"{i}/{len(sources)} {source}")
-        except (ValueError, OSError) as e: skipped.append((str(source), str(e)))
-    for table, file in ((pd.DataFrame(rows), "predictions.csv"), (pd.DataFrame(skipped, columns=["file", "reason"]), "skipped.csv")):
-        if len(table): write_whole(out / file, lambda p: table.to_csv(p, index=False))
+    try:
+        for i, (source, name) in enumerate(sources, 1):
+            try:
+                volume = _read_for(source, of.config)
+                warned = unlike_seen(volume, of.config["preparation"]) + (_sheared(volume) if of.config["task"] == "segment" else [])
+                for sentence in warned: warnings.warn(f"{source}: {sentence}")
+                figure = out / "figures" / f"{name}.png"
+                if of.config["task"] == "segment": found = dict(mask=name.as_posix()) | _predict_mask_file(of, model, volume, out / name, figure)
+                else: found = _predict_labels(of, volume, figure)
+                rows.append(dict(run=of.id, source=printable(source), **found, warning="; ".join(warned)))
+                tell(printable(f"{i}/{len(sources)} {source}"))
+            except ValueError as e: skipped.append((str(source), str(e)))
+    finally:  # also where the disk is full, or a user stops it
+        skipped = [(printable(file), printable(reason)) for file, reason in skipped]
+        for table, file in ((pd.DataFrame(rows), "predictions.csv"), (pd.DataFrame(skipped, columns=["file", "reason"]), "skipped.csv")):
+            if len(table): write_whole(out / file, lambda p: table.to_csv(p, index=False))
     return len(rows), len(skipped)
+
+
+def _sheared(volume: Volume) -> list[str]:
+    "What to know of a mask whose axes are not at right angles."
+    axes = np.eye(3) if volume.spacing is None else volume.source_affine[:3, :3] / np.linalg.norm(volume.source_affine[:3, :3], axis=0)
+    if np.allclose(axes.T @ axes, np.eye(3), atol=1e-4): return []
+    return ["its axes are not at right angles (a tilted gantry), so that its mask is NIfTI with a sheared affine: nibabel reads it, ITK and viewers built on it do not"]
 
 
 def _read_for(source, config: dict) -> Volume:

@@ -30,6 +30,7 @@ from .layouts import pretraining_sources
 from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
+from .sources import printable
 from .store import Store, build_store
 from .faults import GuardedLearner
 from .forecast import Forecast
@@ -197,12 +198,16 @@ def open_store(
 ) -> Store:
     """`src` itself if it is a store, else the store made from it before, else a new one.
 
-    Raises ValueError or OSError if there is nothing to read, or the store is of other dimensions or settings."""
+    Raises ValueError or OSError if there is nothing to read, or the store is of other dimensions or settings, or holds other images than the split allows."""
     made = next((Store(p) for p in (src, store) if (Path(p) / "manifest.csv").exists()), None)
     if made and made.dims != dims: raise ValueError(f"{made.path} is a {made.dims}D store: give dims {made.dims}")
     wanted = dict(spacing=spacing and [*spacing], size=size, window=window and [*window])
-    if made and (made.path == Path(src) or wanted.items() <= (wanted | made.settings).items()): return made
+    if made and made.path == Path(src): return made
+    if made and not Path(src).exists() and split is None: return made
     sources, describe = pretraining_sources(src, dims, seed, split)
+    if made and describe and (odd := sorted(set(made.manifest.volume) - {printable(describe(source)["volume"]) for source in sources})):
+        raise ValueError(f"{made.path} holds {odd[0]}, which is not to be pretrained on ({len(odd)} such in all): it was made with another split or seed, choose another name for the run")
+    if made and wanted.items() <= (wanted | made.settings).items(): return made
     built = build_store(sources, store, dims, spacing, size, window, describe=describe)
     if len(built.skipped): warnings.warn(f"{len(built.skipped)} files could not be read, they are listed in {built.path / 'skipped.csv'}")
     return built

@@ -52,12 +52,13 @@ def file_hash(
 def write_tensors(
     path: Path,  # a .safetensors file
     tensors: dict[str, Tensor],  # contiguous
-    metadata: dict[str, str] | None = None,
+    metadata: dict | None = None,  # kept as JSON under one name, since safetensors writes several in any order
 ) -> str:  # the file's `file_hash`
     """Write a safetensors file, whole or not at all.
 
     Raises OSError where the disk is full or the folder cannot be written to."""
-    try: write_whole(path, lambda p: save_file(tensors, p, metadata))
+    named = metadata and dict(pcrl=json.dumps(metadata, sort_keys=True))
+    try: write_whole(path, lambda p: save_file(tensors, p, named))
     except SafetensorError as e:
         number = re.search(r"\(os error (\d+)\)", str(e))
         if number is None: raise

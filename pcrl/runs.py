@@ -6,7 +6,8 @@ Docs: https://pcrl-team.github.io/pcrl/runs.html.md"""
 
 # %% auto #0
 __all__ = ['CURVES', 'CosineDecay', 'EpochFigures', 'plot_log', 'KeepBest', 'model_card', 'RunFolder', 'read_config', 'resume',
-           'encoder_settings', 'load_weights_', 'load_unet', 'pretrained_parts', 'LossWithFigures', 'finetune_learner']
+           'encoder_settings', 'load_part_', 'load_weights_', 'load_unet', 'pretrained_parts', 'LossWithFigures',
+           'finetune_learner']
 
 # %% ../nbs/09a_runs.ipynb #b255cc43
 import csv, json, math, os, platform, time, warnings
@@ -220,7 +221,7 @@ def write_results(self: RunFolder):
     if not rows or self.written == len(rows): return
     write_whole(self.path / "log.csv", lambda p: _write_rows(rows, p))
     if best.kept_epoch == rows[-1]["epoch"] or self.written is None:
-        metadata = dict(title=self.settings["title"], epoch=str(best.kept_epoch))
+        metadata = dict(title=self.settings["title"], epoch=best.kept_epoch)
         for part, weights in best.weights.items(): write_tensors(self.path / f"{part}.safetensors", weights, metadata)
     self.written = len(rows)
 
@@ -290,7 +291,8 @@ def read_config(
     path = Path(run) / "config.json"
     if not path.exists(): raise FileNotFoundError(f"{run} is not a run folder: it has no config.json")
     try: config = json.loads(path.read_text())
-    except ValueError: raise ValueError(f"{path} is not whole: take another copy of the run, or run it anew") from None
+    except ValueError: config = None
+    if not isinstance(config, dict) or not config: raise ValueError(f"{path} is not whole: take another copy of the run, or run it anew")
     if (schema := config.get("schema", 1)) > 1: raise ValueError(f"{run} was written by a newer version of pcrl (schema {schema}, this one reads 1): take that version")
     return config
 
@@ -301,7 +303,7 @@ def _check_continues(run: RunFolder):
     before = read_config(run.path)
     if changed := [k for k, v in run.settings.items() if k in before and k != "versions" and before[k] != v]:
         raise ValueError(f"{run.path} was run with another {', '.join(changed)}: continue it with the settings in its config.json")
-    if others := [f"{k} {v}" for k, v in before["versions"].items() if run.settings["versions"][k] != v]:
+    if others := [f"{k} {v}" for k, v in before.get("versions", {}).items() if run.settings["versions"].get(k) != v]:
         warnings.warn(f"{run.path} was begun with {', '.join(others)}: it goes on, but perhaps not to the same bits", stacklevel=2)
 
 # %% ../nbs/09a_runs.ipynb #9b728872
@@ -338,6 +340,21 @@ def encoder_settings(
     return {k: config[k] for k in _OF_ENCODER}
 
 
+def load_part_(
+    module: nn.Module,
+    path: Path,  # .safetensors, of a run
+    other: tuple[str, ...] = (),  # beginnings of names whose weights may be of another size, and then stay as they are
+):
+    """Put a file's weights into a module.
+
+    Raises ValueError if they are not the module's."""
+    own, theirs = module.state_dict(), read_tensors(path)
+    kept = {k for k, v in theirs.items() if k.startswith(other) and k in own and own[k].shape != v.shape} if other else set()
+    if odd := sorted({k for k in own.keys() | theirs.keys() if k not in own or k not in theirs or own[k].shape != theirs[k].shape} - kept):
+        raise ValueError(f"{path} does not fit the network that its run's config.json describes ({odd[0]}): take another copy of the run")
+    module.load_state_dict(theirs | {k: own[k] for k in kept})
+
+
 def load_weights_(
     net: UNet,
     run: str | Path,  # a run folder
@@ -345,7 +362,7 @@ def load_weights_(
 ) -> UNet:  # `net`, for convenience
     """Put the weights of a run's best epoch into a U-Net.
 
-    Raises FileNotFoundError if the folder is not a run or has no weights yet, ValueError if the run's network is another one."""
+    Raises FileNotFoundError if the folder is not a run or has no weights yet, ValueError if the run's network is another one, or its weights are not that network's."""
     theirs, ours, run = encoder_settings(run), {k: net.config[k] for k in _OF_ENCODER}, Path(run)
     if differ := [k for k in ours if theirs[k] != ours[k]]:
         told = lambda net: ", ".join(f"{k} {net[k]}" for k in differ)
@@ -353,10 +370,7 @@ def load_weights_(
     for part in parts:
         if not (run / f"{part}.safetensors").exists():
             raise FileNotFoundError(f"{run} has no {part}.safetensors: it has no decoder, or its first epoch did not end yet")
-        weights, module = read_tensors(run / f"{part}.safetensors"), getattr(net, part)
-        own = module.state_dict()
-        fits = {k: v for k, v in weights.items() if not (k.startswith("head.") and own[k].shape != v.shape)}
-        module.load_state_dict(own | fits if len(fits) < len(weights) else weights)
+        load_part_(getattr(net, part), run / f"{part}.safetensors", other=("head.",))
     return net
 
 
