@@ -62,7 +62,7 @@ def stoppable():
     try: yield
     except KeyboardInterrupt as e:
         from pcrl.checkpoints import RunStopped
-        raise RunStopped(f"stopped by {e}: continue with --resume") from None
+        raise RunStopped(f"stopped by {e}: give the command again, with --resume if it has begun to fill OUT") from None
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
