@@ -285,10 +285,10 @@ def finetune(
     from pcrl.repeats import finetune_repeats, spread
     if ratios and labelled: raise ValueError("--ratios and --labelled do not go together: each says how many training cases are used")
     if compare and not ratios: raise ValueError("--compare needs --ratios, such as --ratios 0.1 1; runs that are there already are compared by `pcrl compare`")
-    crop, prepared = parse_crop(crop, dims), cache or out.with_name(f"{out.name}-cases")
-    resume = resume and (any(out.glob("**/config.json")) or not prepared.exists())  # stopped while it prepared cases, it begins
+    crop, own = parse_crop(crop, dims), out.with_name(f"{out.name}-cases")
+    if cache is None and own.exists() and not any(out.glob("**/config.json")): resume = False  # stopped while it prepared cases, it begins
     for source in (init, compare): check_init(source, dims)
-    cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed, prepared, split)
+    cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed, cache or own, split)
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
     settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=crop, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,
