@@ -127,7 +127,7 @@ def test_finetune_to_labels_in_repeats_and_compare(run, labelled, tmp_path):
     shared = ["--dims", 2, "--size", 64, "--epochs", 1, "--labelled", 6, "--lr", 0.003]
     out = pcrl("finetune", labelled, "--out", tmp_path / "scratch", "--width", 4, "--repeats", 2, "--class-weights", *shared)
     assert "auc bright" in out and "sd" in out and "seed 1" in out
-    assert {p.name for p in (tmp_path / "scratch").iterdir()} == {"seed0", "seed1", "results.csv", "report.md", "split.csv"}
+    assert {p.name for p in (tmp_path / "scratch").iterdir()} == {"seed0", "seed1", "results.csv", "report.md", "split.csv", "options.json"}
     assert "labelled cases" in json.loads((tmp_path / "scratch" / "seed1" / "config.json").read_text())["data"]
     predictions = pd.read_csv(tmp_path / "scratch" / "seed0" / "predictions.csv")
     assert predictions.columns.tolist() == ["case", "patient", "label bright", "probability bright"] and len(predictions) == 8
