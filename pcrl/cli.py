@@ -108,6 +108,14 @@ def parse_crop(
         raise ValueError(f"--crop {text} is not {dims} sizes in voxels: write {'64x64' if dims == 2 else '32x64x64'}")
     return tuple(map(int, sides))
 
+# %% ../nbs/20_cli.ipynb #07ce8afa
+def above_zero(
+    value: float | None,  # of an option
+) -> float | None:  # the same
+    "Refuse what is no number above 0."
+    if value is not None and not 0 < value < math.inf: raise typer.BadParameter(f"{value:g} is not a number above 0")
+    return value
+
 # %% ../nbs/20_cli.ipynb #adc522b1
 Dims = Annotated[int, typer.Option(min=2, max=3, help="2 for radiographs, 3 for CT and MRI.")]
 Crop = Annotated[str | None, typer.Option(help="Voxels of a crop. Default 32x64x64, in 2D 224x224.", metavar="DxHxW")]
@@ -119,14 +127,6 @@ Split = Annotated[Path | None, typer.Option(help="File by `pcrl split`: who is u
 Out = Annotated[Path, typer.Option(help="Run folder; must not hold another run.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in OUT from its newest checkpoint, with the same options.")]
-def above_zero(
-    value: float | None,  # of an option
-) -> float | None:  # the same
-    "Refuse what is no number above 0."
-    if value is not None and not 0 < value < math.inf: raise typer.BadParameter(f"{value:g} is not a number above 0")
-    return value
-
-
 Every = Annotated[int | None, typer.Option("--checkpoint-every", min=1, metavar="STEPS", help=(
     "Steps between checkpoints. If left out they are written by the clock, so seldom that they take at most 1 % of the time."))]
 

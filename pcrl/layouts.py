@@ -21,7 +21,7 @@ from .medmnist import read_medmnist
 from .radiographs import chest14_cases, chexpert_cases
 from .scans import SOFT_TISSUE, brats_cases, lits_cases, msd_cases
 from .splits import read_split, use_split
-from .store import COLUMNS
+from .store import manifest_facts
 from .volumes import Sources, VolumeError, link_away
 from .workers import in_processes
 
@@ -123,11 +123,6 @@ def prepare_cases(
     return replace(readable, unlabelled=None, unlabelled_valid=None), skipped
 
 # %% ../nbs/02f_layouts.ipynb #27ac703d
-def _facts(table):
-    "What a manifest shall tell of each image of `folder_table`: part, the patient if one is named, and the columns of 0 and 1."
-    labels = [c for c in table if c not in ("image", "source", "reason", "person", *COLUMNS) and table[c].dropna().isin([0, 1]).all()]
-    return table[[c for c in ("patient", "split") if c in table] + labels].to_dict("records")
-
 def _listed(root, dims, seed):
     "A set's name, of each image its source (one, or a tuple of channels), name and facts, and why some sources cannot be used; without reading an image."
     layout = find_layout(root)
@@ -135,7 +130,7 @@ def _listed(root, dims, seed):
     if layout is LAYOUTS[0]:
         table = folder_table(root, dims, seed)
         bad = table[table.reason.notna()]
-        return Path(root).resolve().name, list(zip(table.source, table.image, _facts(table))), dict(zip(bad.source, bad.reason))
+        return Path(root).resolve().name, list(zip(table.source, table.image, manifest_facts(table.drop(columns=["source", "reason", "person"])))), dict(zip(bad.source, bad.reason))
     asked = SimpleNamespace(dims=dims, spacing=None, size=None, window=None, seed=seed, cache=None)
     cases = luna16_cases(root) if layout.name == "LUNA16" else layout.open(Path(root), asked)
     if not isinstance(cases.images, OnDisk):

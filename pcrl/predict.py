@@ -20,11 +20,12 @@ from fastai.torch_core import default_device
 from torch import Tensor, nn
 
 from .classify import Classifier
+from .geometry import is_sheared
 from .preparation import prepare_again, unlike_seen
-from .sources import printable
 from .runs import encoder_settings, load_part_, load_unet, load_weights_, read_config, write_whole
 from .segment import overlay_figure
 from .sliding import Ensemble, FlipAverage, predict_mask
+from .sources import printable
 from .transforms import to_unit
 from .unet import UNet
 from .volumes import DicomSeries, Volume, VolumeError, find_images, percentile_window, read_volume, resample_like, write_volume
@@ -250,8 +251,7 @@ def predict(
 
 def _sheared(volume: Volume) -> list[str]:
     "What to know of a mask whose axes are not at right angles."
-    axes = np.eye(3) if volume.spacing is None else volume.source_affine[:3, :3] / np.linalg.norm(volume.source_affine[:3, :3], axis=0)
-    if np.allclose(axes.T @ axes, np.eye(3), atol=1e-4): return []
+    if volume.spacing is None or not is_sheared(volume.source_affine): return []
     return ["its axes are not at right angles (a tilted gantry), so that its mask is NIfTI with a sheared affine: nibabel reads it, ITK and viewers built on it do not"]
 
 

@@ -202,8 +202,7 @@ def open_store(
     made = next((Store(p) for p in (src, store) if (Path(p) / "manifest.csv").exists()), None)
     if made and made.dims != dims: raise ValueError(f"{made.path} is a {made.dims}D store: give dims {made.dims}")
     wanted = dict(spacing=spacing and [*spacing], size=size, window=window and [*window])
-    if made and made.path == Path(src): return made
-    if made and not Path(src).exists() and split is None: return made
+    if made and (made.path == Path(src) or split is None and not Path(src).exists()): return made
     sources, describe = pretraining_sources(src, dims, seed, split)
     if made and describe and (odd := sorted(set(made.manifest.volume) - {printable(describe(source)["volume"]) for source in sources})):
         raise ValueError(f"{made.path} holds {odd[0]}, which is not to be pretrained on ({len(odd)} such in all): it was made with another split or seed, choose another name for the run")

@@ -16,7 +16,7 @@ import os, re, tempfile
 import numpy as np
 from .dicom import is_dicom
 from .formats import open_nifti, open_picture
-from .geometry import LPS_TO_RAS, Volume, VolumeError, canonical, check_affine, resample, resample_like, spacing_of, world_to_voxel
+from .geometry import LPS_TO_RAS, Volume, VolumeError, canonical, check_affine, is_sheared, resample, resample_like, spacing_of, world_to_voxel
 from .intensities import percentile_window, resize2d, to_uint8, window
 from .metaimage import open_itk
 from .series import DicomSeries, dicom_sources, open_dicom, open_series
@@ -154,7 +154,7 @@ def _write_itk(xyz, affine, path):
     lps = LPS_TO_RAS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     axes = lps[:3, :3] / spacing
-    if not np.allclose(axes.T @ axes, np.eye(3), atol=1e-4): raise VolumeError(f"{path.name} cannot hold a sheared image: write .nii.gz")
+    if is_sheared(affine): raise VolumeError(f"{path.name} cannot hold a sheared image: write .nii.gz")
     image = sitk.GetImageFromArray(np.ascontiguousarray(np.moveaxis(xyz.T, 0, -1) if xyz.ndim == 4 else xyz.T), isVector=xyz.ndim == 4)
     image.SetSpacing(spacing); image.SetDirection(axes.ravel()); image.SetOrigin(lps[:3, 3])
     sitk.WriteImage(image, str(path), useCompression=True)
