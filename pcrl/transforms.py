@@ -232,10 +232,11 @@ def _noise(shape: tuple[int, ...], generator, device) -> Tensor:
 
 def _paint_(x: Tensor, region: Tensor, generator) -> Tensor:
     "`paint` in place, by slices that stay in a processor's cache; they fix which random numbers a voxel gets, so they are the same everywhere."
-    count = max(1, 2**20 // x[0].numel())
-    for part, hidden in zip(x.split(count), region.split(count)):
-        noise = to_unit(_noise(part.shape, generator, x.device)).to(x.dtype)
-        part.lerp_(noise, hidden[:, None].view(torch.uint8).to(x.dtype))
+    count, masked = max(1, 2**20 // x[0].numel()), x.device.type == "cpu" and x.dtype == torch.float32
+    for part, hidden in zip(x.split(count), region[:, None].split(count)):
+        noise = _noise(part.shape, generator, x.device)
+        if masked: np.divide(noise, np.float32(255), out=part.numpy(), where=hidden.numpy(), dtype=np.float32)
+        else: part.lerp_(to_unit(noise).to(x.dtype), hidden.view(torch.uint8).to(x.dtype))
     return x
 
 
@@ -273,46 +274,84 @@ def _blur_by_matrix(
         x = blurred.view(x.shape)
     return x
 
+# %% ../nbs/04_transforms.ipynb #3b1c07d2
+def _gaussian_blocks(
+    sigma: Tensor,  # (g,), 1/4 or more
+    length: int,  # of the axis
+    block: int = 32,  # places that one matrix computes
+) -> Tensor:  # (g, blocks, block, block + 2 reach), rows sum to 1
+    "The weights for `block` places at a time of all places that they reach."
+    reach = math.ceil(4 * sigma.max().item())
+    row, column, first = torch.arange(block), torch.arange(-reach, block + reach), torch.arange(0, length, block)[:, None]
+    inside = (first + column >= 0) & (first + column < length)
+    weights = _gaussian((column - row[:, None]).abs(), sigma)[:, None] * inside[:, None]
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _blur_along(
+    blocks: Tensor,  # of `_gaussian_blocks`, for one sigma
+    x: Tensor,  # (..., length, K)
+    out: Tensor,  # where to write, of x's shape
+) -> Tensor:  # `out`
+    "Blur along the last axis but one."
+    length, (block, width) = x.shape[-2], blocks.shape[-2:]
+    reach = (width - block) // 2
+    for first, matrix in zip(range(0, length, block), blocks):
+        last, low, high = min(first + block, length), max(first - reach, 0), min(first + block + reach, length)
+        torch.matmul(matrix[:last - first, low - first + reach:high - first + reach], x[..., low:high, :], out=out[..., first:last, :])
+    return out
+
+# %% ../nbs/04_transforms.ipynb #5d0f83b4
+def _blur_volumes(
+    x: Tensor,  # (B, C, D, H, W)
+    sigma: Tensor,  # (B,)
+    rows: Tensor,  # which samples
+    out: Tensor,  # where to write these, of x's shape
+):
+    "Blur one volume after another."
+    c, d, h, w = x.shape[1:]
+    blocks = {length: _gaussian_blocks(sigma[rows], length).to(x.dtype) for length in {d, h, w}}
+    for i, *along in zip(rows.tolist(), blocks[d], blocks[h], blocks[w]):
+        y = _blur_along(along[0], x[i].reshape(c, d, h * w), x.new_empty(c, d, h * w))
+        y = _blur_along(along[1], y.view(c * d, h, w), x.new_empty(c * d, h, w))
+        _blur_along(along[2], y.view(-1, w).mT, out[i].view(-1, w).mT)
+
 # %% ../nbs/04_transforms.ipynb #2ad9cc5e
 def _convolve(
-    x: Tensor,  # (C, D, H, K), K innermost in memory
+    x: Tensor,  # (C, H, K), K innermost in memory
     kernel: Tensor,  # (K, taps)
-    axis: int,  # 1 or 2, D or H
 ) -> Tensor:  # as x
-    "Along D or H, with a kernel for each place along the last axis."
-    kernel = kernel[:, None, :, None] if axis == 1 else kernel[:, None, None]
-    padding = [side // 2 for side in kernel.shape[2:]]
-    return F.conv2d(x.permute(0, 3, 1, 2), kernel, padding=padding, groups=len(kernel)).permute(0, 2, 3, 1)
+    "Along H, with a kernel for each place along the last axis."
+    return F.conv2d(x.permute(0, 2, 1)[:, :, None], kernel[:, None, None], padding=(0, kernel.shape[1] // 2), groups=len(kernel))[:, :, 0].permute(0, 2, 1)
 
 
 def _blur_side_by_side(
-    images: list[Tensor],  # g of (C, D, H, W)
+    images: list[Tensor],  # g of (C, H, W)
     kernel: Tensor,  # of each image, (g, taps)
-    gain: list[Tensor],  # along D, H and W, (g, length): one over the share of the kernel that lies within
-) -> Iterator[tuple[Tensor, Tensor]]:  # of each image: (C, D, H, W), and the factor that remains, (D, 1, W)
-    "Blur a few images along all axes."
-    (depth, height, width), g = images[0].shape[1:], len(images)
-    y, each = torch.cat(images, -1), kernel.repeat_interleave(width, 0)
-    for axis in (1, 2)[depth == 1:]: y = _convolve(y, each, axis)  # (C, D, H, g W)
-    y = y.unflatten(3, (g, width)).permute(0, 1, 4, 3, 2).flatten(3).contiguous()
-    y = _convolve(y, kernel.repeat_interleave(height, 0) * gain[1].reshape(-1, 1), 2)  # (C, D, W, g H)
-    y = y.unflatten(3, (g, height)).permute(3, 0, 1, 4, 2)
-    return zip(y, (gain[0][:, :, None] * gain[2][:, None])[:, :, None])
+    gain: list[Tensor],  # along H and W, (g, length): one over the share of the kernel that lies within
+) -> Iterator[tuple[Tensor, Tensor]]:  # of each image: (C, H, W), and the factor that remains, (1, W)
+    "Blur a few images along both axes."
+    (height, width), g = images[0].shape[1:], len(images)
+    y = _convolve(torch.cat(images, -1), kernel.repeat_interleave(width, 0))  # (C, H, g W)
+    y = y.unflatten(2, (g, width)).permute(0, 3, 2, 1).flatten(2).contiguous()
+    y = _convolve(y, kernel.repeat_interleave(height, 0) * gain[0].reshape(-1, 1))  # (C, W, g H)
+    return zip(y.unflatten(2, (g, height)).permute(2, 0, 3, 1), gain[1][:, None])
 
 # %% ../nbs/04_transforms.ipynb #73deb813
-def _blur_chosen(x: Tensor, sigma: Tensor) -> Tensor:
-    "`blur` of 3D images on a processor."
-    out, order, still = torch.empty_like(x), sigma.argsort(), int((4 * sigma < 1).sum())
-    for i in order[:still].tolist(): out[i] = x[i]
-    if still == len(x): return out
-    chosen, reach, count = order[still:], math.ceil(4 * sigma.max().item()), max(1, 2**18 // x[0].numel())
-    kernels = _gaussian(torch.arange(-reach, reach + 1).abs(), sigma[chosen]).to(x.dtype)
-    within = lambda length: F.conv1d(torch.ones(1, len(chosen), length, dtype=x.dtype), kernels[:, None], padding=reach, groups=len(chosen))[0]
+def _blur_images(
+    x: Tensor,  # (B, C, H, W)
+    sigma: Tensor,  # (B,)
+    rows: Tensor,  # which samples, the least sigma first
+    out: Tensor,  # where to write these, of x's shape
+):
+    "Blur a few images at a time."
+    reach, count = math.ceil(4 * sigma.max().item()), max(1, 2**18 // x[0].numel())
+    kernels = _gaussian(torch.arange(-reach, reach + 1).abs(), sigma[rows]).to(x.dtype)
+    within = lambda length: F.conv1d(torch.ones(1, len(rows), length, dtype=x.dtype), kernels[:, None], padding=reach, groups=len(rows))[0]
     gains = [1 / within(length) for length in x.shape[2:]]
-    for rows, kernel, *gain in zip(*(t.split(count) for t in (chosen, kernels, *gains))):
-        rows, kernel = rows.tolist(), kernel[:, kernel[-1] > 0]  # the last sigma is the largest
-        for i, (image, factor) in zip(rows, _blur_side_by_side([x[i] for i in rows], kernel, gain)): torch.mul(image, factor, out=out[i])
-    return out
+    for some, kernel, *gain in zip(*(t.split(count) for t in (rows, kernels, *gains))):
+        some, kernel = some.tolist(), kernel[:, kernel[-1] > 0]  # the last sigma is the largest
+        for i, (image, factor) in zip(some, _blur_side_by_side([x[i] for i in some], kernel, gain)): torch.mul(image, factor, out=out[i])
 
 # %% ../nbs/04_transforms.ipynb #b9aac63a
 def blur(
@@ -322,7 +361,10 @@ def blur(
     "Gaussian blur, with its own sigma for each sample, cut off at 4 sigma."
     with torch.autocast(x.device.type, enabled=False):
         if x.device.type != "cpu": return _blur_by_matrix(x, sigma)
-        return _blur_chosen(x[:, :, None], sigma)[:, :, 0] if x.ndim == 4 else _blur_chosen(x, sigma)
+        out, order, still = torch.empty_like(x, memory_format=torch.contiguous_format), sigma.argsort(), int((4 * sigma < 1).sum())
+        for i in order[:still].tolist(): out[i] = x[i]
+        if still < len(x): (_blur_images if x.ndim == 4 else _blur_volumes)(x, sigma, order[still:], out)
+        return out
 
 # %% ../nbs/04_transforms.ipynb #72de3b65
 def _shuffled(
