@@ -47,13 +47,15 @@ def write_split(
     made: str = "official",  # how, in a few words: a ratio, a share
     seed: int|None = None,  # that it was drawn with; None: no chance in it
 ) -> str:  # its id
-    "Write who is in which part; raises FileNotFoundError if there is no such folder."
+    "Write who is in which part, whole or not at all; raises FileNotFoundError if there is no such folder."
     path, rows = Path(path), _rows(cases)
     if not path.parent.is_dir(): raise FileNotFoundError(f"{path.parent}, the folder for {path.name}, does not exist: make it first")
     facts = {"set": cases.name, "made": made, "seed": seed, "cases": len(cases), "sha256": _sum(rows)}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(f"# {json.dumps(facts)}\n{rows}", encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    try:
+        part.write_text(f"# {json.dumps(facts)}\n{rows}", encoding="utf-8", newline="\n")
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
     return split_id(cases)
 
 # %% ../nbs/01d_splits.ipynb #d4e79ed9
