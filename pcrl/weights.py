@@ -111,6 +111,13 @@ def _foldable(
     stems = [k.removesuffix(".0.weight") for k in own if k.endswith(".0.weight")]
     return {f"{s}.0.bias": f"{s}.1.running_mean" for s in stems if f"{s}.1.running_mean" in own and f"{s}.0.bias" not in own}
 
+# %% ../nbs/09e_weights.ipynb #b1c7d3e9
+def _from_xyz(
+    kernel: Tensor,  # (C_out, C_in, x, y, z), x to the left, y to the back
+) -> Tensor:  # (C_out, C_in, z, y, x), y to the front, x to the right
+    "A kernel of Models Genesis or of the authors' 3D network, for volumes as they are here."
+    return kernel.transpose(2, 4).flip(3, 4)
+
 # %% ../nbs/09e_weights.ipynb #40d12171
 def _row(status: str, name: str = "", mine: Tensor | None = None, name_in_file: str = "", theirs: Tensor | None = None) -> dict[str, str]:
     "Of the table: a tensor of the encoder, a tensor of the file, or both."
@@ -141,6 +148,7 @@ def _compare(
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:  # the table, and what to put into the encoder
     "Find a file's tensors a place."
     own, tensors = ({k: v for k, v in d.items() if not k.endswith("num_batches_tracked")} for d in (own, tensors))
+    tensors = {k: _from_xyz(v) if v.ndim == 5 and "down_tr" in k else v for k, v in tensors.items()}
     folds = _foldable(own)
     found = match_names(tensors, [*own, *folds])
     rows, weights = _take(own, tensors, found)
