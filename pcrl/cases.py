@@ -85,12 +85,12 @@ def _indicators(targets):
     targets = np.asarray(targets)
     return (targets[:, None] == np.arange(targets.max(initial=0) + 1)) * 1 if targets.ndim == 1 else np.nan_to_num(targets)
 
-def _covering(labels, order):
-    "The first positive case of each label, rarest label first, where one case may serve several labels."
-    first = []
-    for label in np.argsort(labels[order].sum(0), kind="stable"):
-        positive = [i for i in order if labels[i, label]]
-        if positive and not set(positive) & set(first): first.append(positive[0])
+def _covering(marks, order, first=()):
+    "`first`, and for each mark that it lacks the first case that has it, rarest mark first."
+    first = list(first)
+    for mark in np.argsort(marks[order].sum(0), kind="stable"):
+        having = [i for i in order if marks[i, mark]]
+        if having and not set(having) & set(first): first.append(having[0])
     return first
 
 def _first_cases(cases, train, n, seed):
@@ -98,7 +98,10 @@ def _first_cases(cases, train, n, seed):
     rng = np.random.default_rng(seed)
     rank = {p: k for k, p in enumerate(rng.permutation(sorted({cases.patients[i] for i in train})))}
     order = sorted(rng.permutation(train).tolist(), key=lambda i: rank[cases.patients[i]])
-    if cases.task == "classify": order = list(dict.fromkeys(_covering(_indicators(cases.targets), order) + order))
+    if cases.task == "classify":
+        first = _covering(_indicators(cases.targets), order)
+        if np.ndim(cases.targets) == 2: first = _covering(np.asarray(cases.targets) == 0, order, first)
+        order = list(dict.fromkeys(first + order))
     return order[:n]
 
 # %% ../nbs/01c_cases.ipynb #a15bbf12
@@ -130,7 +133,7 @@ def take_labelled(self: Cases,
     n: int|float,  # train cases to keep: a number, or, if a float, a share of them
     seed: int = 0,
 ) -> Cases:
-    """Keep few train cases: a number of them, with a positive of every label where there is one; or a share, of whole patients.
+    """Keep few train cases: a number of them, with a positive of every label, and a negative, where there is one; or a share, of whole patients.
 
     Raises ValueError if there are not so many."""
     train = [i for i, s in enumerate(self.split) if s == "train"]
