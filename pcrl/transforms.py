@@ -232,7 +232,7 @@ def _noise(shape: tuple[int, ...], generator, device) -> Tensor:
 
 def _paint_(x: Tensor, region: Tensor, generator) -> Tensor:
     "`paint` in place, by slices that stay in a processor's cache; they fix which random numbers a voxel gets, so they are the same everywhere."
-    count, masked = max(1, 2**20 // x[0].numel()), x.device.type == "cpu" and x.dtype == torch.float32
+    count, masked = max(1, 2**20 // math.prod(x.shape[1:])), x.device.type == "cpu" and x.dtype == torch.float32
     for part, hidden in zip(x.split(count), region[:, None].split(count)):
         noise = _noise(part.shape, generator, x.device)
         if masked: np.divide(noise, np.float32(255), out=part.numpy(), where=hidden.numpy(), dtype=np.float32)
@@ -245,7 +245,10 @@ def paint(
     region: Tensor,  # bool, (B, [D,] H, W)
     generator: torch.Generator | None = None,  # source of the noise, on x's device
 ) -> Tensor:  # a new tensor, as x
-    "Uniform noise in [0, 1] where `region` is set, the image elsewhere."
+    """Uniform noise in [0, 1] where `region` is set, the image elsewhere.
+
+    Raises ValueError if the region is of another shape."""
+    if region.shape != (shape := (len(x), *x.shape[2:])): raise ValueError(f"a region of shape {tuple(region.shape)} does not fit images to be painted: {shape} expected")
     return _paint_(x.clone(), region, generator)
 
 # %% ../nbs/04_transforms.ipynb #56431388
@@ -281,7 +284,7 @@ def _gaussian_blocks(
     block: int = 32,  # places that one matrix computes
 ) -> Tensor:  # (g, blocks, block, block + 2 reach), rows sum to 1
     "The weights for `block` places at a time of all places that they reach."
-    reach = math.ceil(4 * sigma.max().item())
+    reach = math.ceil(min(4 * sigma.max().item(), length - 1))
     row, column, first = torch.arange(block), torch.arange(-reach, block + reach), torch.arange(0, length, block)[:, None]
     inside = (first + column >= 0) & (first + column < length)
     weights = _gaussian((column - row[:, None]).abs(), sigma)[:, None] * inside[:, None]
@@ -345,7 +348,7 @@ def _blur_images(
     out: Tensor,  # where to write these, of x's shape
 ):
     "Blur a few images at a time."
-    reach, count = math.ceil(4 * sigma.max().item()), max(1, 2**18 // x[0].numel())
+    reach, count = math.ceil(min(4 * sigma.max().item(), max(x.shape[2:]) - 1)), max(1, 2**18 // x[0].numel())
     kernels = _gaussian(torch.arange(-reach, reach + 1).abs(), sigma[rows]).to(x.dtype)
     within = lambda length: F.conv1d(torch.ones(1, len(rows), length, dtype=x.dtype), kernels[:, None], padding=reach, groups=len(rows))[0]
     gains = [1 / within(length) for length in x.shape[2:]]
@@ -358,9 +361,13 @@ def blur(
     x: Tensor,  # images, (B, C, [D,] H, W), float
     sigma: Tensor,  # standard deviation, (B,), voxels; under 1/4 it reaches no neighbour and leaves the image as it is
 ) -> Tensor:  # a new tensor, as x
-    "Gaussian blur, with its own sigma for each sample, cut off at 4 sigma."
+    """Gaussian blur, with its own sigma for each sample, cut off at 4 sigma.
+
+    Raises ValueError if there are not as many sigmas as images."""
+    if sigma.shape != (len(x),): raise ValueError(f"sigmas of shape {tuple(sigma.shape)} do not fit {len(x)} images: ({len(x)},) expected")
     with torch.autocast(x.device.type, enabled=False):
         if x.device.type != "cpu": return _blur_by_matrix(x, sigma)
+        if x.element_size() < 4: return blur(x.float(), sigma).to(x.dtype)  # torch 2.15's convolutions of many groups may never return in half precision
         out, order, still = torch.empty_like(x, memory_format=torch.contiguous_format), sigma.argsort(), int((4 * sigma < 1).sum())
         for i in order[:still].tolist(): out[i] = x[i]
         if still < len(x): (_blur_images if x.ndim == 4 else _blur_volumes)(x, sigma, order[still:], out)
