@@ -283,7 +283,7 @@ def contrast_suite(
         yield _row("contrast_share_of_step" + ("_2d" if dims == 2 else ""), figures, "lower", device, f"{_said(**size)}, queue 16384, {repeats} repeats")
     if find_spec("lightly"):
         yield _row("moco_over_lightly", moco_over_lightly(repeats=repeats, device=device), "lower", device,
-                   f"ResNet-18, 224x224, batch 8, queue 16384, float32, channels_last, {repeats} repeats")
+                   f"ResNet-18, 224x224, batch 8, queue 16384, float32, channels_last, F^l contrasted without TransAtt, {repeats} repeats")
     else: print("moco_over_lightly is left out: it needs lightly (pip install lightly==1.6.0)")
 
 # %% ../nbs/17b_bench_step.ipynb #61f565a2
