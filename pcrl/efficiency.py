@@ -20,6 +20,7 @@ from .finetune import finetune
 from .repeats import check_options, facts, finetune_repeats, markdown_table, origin
 from .runs import read_config, write_whole
 from .splits import write_split
+from .statistics import TOO_FEW
 
 # %% ../nbs/18f_efficiency.ipynb #cac0ad47
 def labelled_counts(
@@ -107,6 +108,7 @@ def savings_sentence(
     "How many labels the arm saved, or that it saved none, or that this is not shown."
     if (n := curve.repeats.min()) < 3: return f"Nothing is claimed from {n} repeat{'' if n == 1 else 's'}: give --repeats 3 or more to learn how many labels {arm} saved."
     if curve.difference.isna().any(): return f"Nothing is claimed, for the test cases give no {curve.metric.iloc[0]}."
+    if curve.patients_low.isna().any(): return f"Nothing is claimed, for there are too few test patients: {TOO_FEW}."
     side, found = curve.apply(shown, axis=1), labels_saved(curve)
     harm = ", ".join(map(str, curve.labelled[side < 0]))
     worse = f" With {harm} labelled cases it is worse than {base}." if harm else ""
@@ -115,8 +117,9 @@ def savings_sentence(
     if harm: return f"{arm} saved no labels here: it is nowhere shown to be better.{worse}"
     if (curve.difference <= 0).all(): return f"{arm} saved no labels here: its mean is nowhere above that of {base}."
     best = curve.loc[curve.difference.idxmax()]
+    over = lambda kind: f"over {kind} {best[f'{kind}_low']:+.3f} to {best[f'{kind}_high']:+.3f}" if np.isfinite(best[f"{kind}_low"]) else f"over {kind} none, as all pairs differ by the same"
     return (f"That {arm} saved labels is not shown: at its best, with {_cases(best.labelled)}, it differs from {base} by {best.difference:+.3f} {best.metric}, "
-            f"95 % interval over seeds {best.seeds_low:+.3f} to {best.seeds_high:+.3f}, over patients {best.patients_low:+.3f} to {best.patients_high:+.3f}.")
+            f"95 % interval {over('seeds')}, {over('patients')}.")
 
 # %% ../nbs/18f_efficiency.ipynb #645e93c5
 def efficiency_figure(
@@ -140,7 +143,7 @@ def efficiency_figure(
 
 # %% ../nbs/18f_efficiency.ipynb #f9e88d2b
 RULE = ("Both arms have the same split, seeds and labelled cases. A gain is claimed where its 95 % intervals over patients and over seeds both leave out 0, with three "
-        "repeats or more. Labels saved: at the fewest labelled cases with a gain, how many more the base needs to reach the arm's mean, by straight lines between its own "
+        f"repeats or more; {TOO_FEW}. Labels saved: at the fewest labelled cases with a gain, how many more the base needs to reach the arm's mean, by straight lines between its own "
         "means over the logarithm of labelled cases, at their first crossing. Each number of labelled cases is tested by itself.")
 
 
@@ -166,9 +169,9 @@ def efficiency_report(
 
 # %% ../nbs/18f_efficiency.ipynb #079090e0
 def _network_of(*inits) -> dict:
-    "Width and backbone of the first of these that is a run, so that all arms have the same network."
+    "Width, norm and backbone of the first of these that is a run, so that all arms have the same network."
     configs = [read_config(init) for init in inits if init not in (None, "scratch", "imagenet") and Path(init).is_dir()]
-    return {k: v for k in ("width", "backbone") if configs and (v := configs[0].get(k))}
+    return {k: v for k in ("width", "norm", "backbone") if configs and (v := configs[0].get(k))}
 
 
 def _check_curve(out: Path, folders: Sequence[Path], resume: bool):

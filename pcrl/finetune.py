@@ -19,7 +19,7 @@ from torch import nn
 
 from .classify import classify_learner, classify_loaders, predict_probabilities
 from .datasets import Cases
-from .masks import measure_masks, summarise_masks
+from .masks import NAMES, measure_masks, summarise_masks
 from .preparation import cases_preparation
 from .runs import read_config, resume as continue_run, write_whole
 from .segment import segment_learner, segment_loaders
@@ -53,12 +53,13 @@ def _learner(
     init: str | Path | None = None,  # as in `load_init_`
     width: int | None = None,  # None: the run's, or 64
     backbone: str | None = None,  # None: the run's, or ResNet-18 in 2D
+    norm: str | None = None,  # None: the run's, or batch
     **settings,  # of `segment_learner` or `classify_learner`
 ) -> Learner:
     "Loaders and learner for the cases' task."
     of_run = read_config(init) if init not in (None, "scratch", "imagenet") and Path(init).is_dir() else {}
     width, net = width or of_run.get("width", 64), {k: of_run[k] for k in ("norm", "backbone") if k in of_run}
-    if backbone: net["backbone"] = backbone
+    net |= {k: v for k, v in dict(backbone=backbone, norm=norm).items() if v}
     data = f"{len(cases.part('train'))} labelled cases of {cases.name}: {cases.note}"
     settings |= dict(init=init, width=width, net=net, seed=seed, data=data)
     if cases.task == "segment":
@@ -77,10 +78,11 @@ def _classification_files(test: Cases, probabilities: np.ndarray, run: Path) -> 
     figure = reliability_figure(labels, {"test": probabilities}, test.classes)
     write_whole(run / "figures" / "reliability.png", lambda p: figure.savefig(p, format="png"))
     figures = label_figures(labels, probabilities, test.patients, test.classes)
+    counts = figures[["cases", "positives"]]
     metric = lambda name: [name, *(f"{name} {label}" for label in test.classes)]
     column = lambda name: figures.get(name, pd.Series(np.nan, figures.index))
     note = lambda name: figures.note if name != "ece" else ""
-    return pd.concat([pd.DataFrame(dict(metric=metric(title), value=figures[name], low=column(f"{name}_low"), high=column(f"{name}_high"), note=note(name)))
+    return pd.concat([pd.DataFrame(dict(metric=metric(title), value=figures[name], low=column(f"{name}_low"), high=column(f"{name}_high"), **counts, note=note(name)))
                       for name, title in dict(auc="auc", sensitivity="sensitivity at 0.9 specificity", ece="ece").items()])
 
 
@@ -119,7 +121,7 @@ def read_predictions(
     Raises FileNotFoundError if it kept nothing."""
     path = Path(run) / "predictions.csv"
     if not path.exists(): raise FileNotFoundError(f"{run} has no predictions.csv: it is not a finished finetuning to labels")
-    table = pd.read_csv(path, dtype=dict(case=str, patient=str))
+    table = pd.read_csv(path, **NAMES)
     classes = [c.removeprefix("label ") for c in table if c.startswith("label ")]
     columns = lambda kind: table[[f"{kind} {c}" for c in classes]].to_numpy(float)
     return Predictions(table[["case", "patient"]], classes, columns("label"), columns("probability"))
@@ -141,6 +143,7 @@ def finetune(
     patience: int | None = None,  # epochs without a lower validation loss after which to stop; None never stops
     weighted: bool = False,  # classification: by `class_weights`
     backbone: str | None = None,  # 2D: of the `UNet`; None: the run's, or ResNet-18
+    norm: str | None = None,  # of the `UNet`; None: the run's, or batch
     cbs: Sequence = (),  # further fastai callbacks
     resume: bool = False,  # continue the run after its newest checkpoint, with the same arguments
     every: int | None = None,  # steps between checkpoints; None: by the clock, see `checkpoint_due`
@@ -152,7 +155,7 @@ def finetune(
     if not len(test := cases.part("test")):
         raise ValueError(f"{cases.name} has no test cases: mark some in its table, or give more patients")
     crop = tuple(crop or ((224, 224) if cases.dims == 2 else (32, 64, 64)))
-    learn = _learner(cases, crop, bs, crops_per_epoch, loss, weighted, seed, init, width, backbone, lr=lr, run=run, schedule=schedule, patience=patience)
+    learn = _learner(cases, crop, bs, crops_per_epoch, loss, weighted, seed, init, width, backbone, norm, lr=lr, run=run, schedule=schedule, patience=patience)
     learn.run_folder.every, how = every, cases_preparation(cases)
     learn.run_folder.settings["preparation"] = how
     with ExitStack() as quiet:

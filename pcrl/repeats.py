@@ -18,6 +18,7 @@ from .cases import Cases
 from .finetune import finetune
 from .runs import read_config, write_whole
 from .splits import split_id, write_split
+from .statistics import TOO_FEW
 
 # %% ../nbs/18d_repeats.ipynb #af5dddd0
 def spread(
@@ -65,11 +66,12 @@ def repeats_report(
     spoken = f"{len(runs)} repeats with seeds {', '.join(map(str, results.seed.unique()))}; sd is the standard deviation over them."
     if len(runs) == 1: spoken = "One run: it shows nothing about the spread over seeds, and no claim should rest on it."
     made = pd.DataFrame(facts(cases, results, runs[0], split).items(), columns=["what", "value"])
-    tests = pd.concat([pd.read_csv(run / "test.csv").assign(run=run.name) for run in runs])
-    columns = [c for c in ("run", "metric", "value", "low", "high", "note") if c in tests]
+    words = dict.fromkeys(("cases", "positives", "note"), "")  # numbers of cases as they are written, without decimals
+    tests = pd.concat([pd.read_csv(run / "test.csv", dtype=dict.fromkeys(words, str)).assign(run=run.name) for run in runs])
+    columns = [c for c in ("run", "metric", "value", "low", "high", *words) if c in tests]
     lines = [f"# {read_config(runs[0])['title']}, from {results.method.iloc[0]}", "Research use only; not for diagnosis.", markdown_table(made),
-             "## Test", spoken, markdown_table(spread(results)), "Of each run with its 95 % interval over patients:",
-             markdown_table(tests[columns].fillna({"note": ""}))]
+             "## Test", spoken, markdown_table(spread(results)), f"Of each run with its 95 % interval over patients; {TOO_FEW}:",
+             markdown_table(tests[columns].fillna(words))]
     return "\n\n".join(lines) + "\n"
 
 # %% ../nbs/18d_repeats.ipynb #e25730f7

@@ -65,17 +65,25 @@ class EpochFigures(Callback):
 
     def before_epoch(self):
         set_epoch(self.dls, self.epoch)
-        self.sums, self.start = defaultdict(list), time.perf_counter()
+        self.sums, self.sizes, self.start = defaultdict(list), defaultdict(list), time.perf_counter()
 
     def after_loss(self):
         part = "train" if self.training else "valid"
-        for name, value in self.loss_func.figures.items(): self.sums[f"{part}_{name}"].append(value.detach())
+        for name, value in self.loss_func.figures.items():
+            self.sums[f"{part}_{name}"].append(value.detach())
+            if not self.training: self.sizes[f"{part}_{name}"].append(len(self.xb[0]))
+
+    def mean(self, name: str) -> float:
+        "Of one figure over the epoch's batches."
+        values = torch.stack(self.sums[name]).float()
+        sizes = values.new_tensor(self.sizes.get(name, [1] * len(values))).masked_fill(values.isnan(), 0)
+        return (values.nan_to_num(posinf=math.inf, neginf=-math.inf) * sizes).sum().div(sizes.sum()).item()
 
     def after_validate(self):
-        means = {name: torch.stack(values).nanmean().item() for name, values in self.sums.items()}
+        means = {name: self.mean(name) for name in self.sums}
         self.rows.append(dict(epoch=self.epoch, steps=(self.epoch + 1) * len(self.dls.train), lr=self.opt.hypers[-1]["lr"],
                               seconds=round(time.perf_counter() - self.start, 2), **means))
-        self.sums, self.start = defaultdict(list), time.perf_counter()
+        self.sums, self.sizes, self.start = defaultdict(list), defaultdict(list), time.perf_counter()
 
     def last(self, name: str) -> float:
         "The last epoch's figure, such as `valid_loss`; nan where there is none."
