@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .classify import Classifier
 from .geometry import is_sheared
-from .preparation import prepare_again, unlike_seen
+from .preparation import joint_preparation, prepare_again, unlike_seen
 from .runs import encoder_settings, load_part_, load_unet, load_weights_, read_config, write_whole
 from .segment import overlay_figure
 from .sliding import Ensemble, FlipAverage, predict_mask
@@ -35,7 +35,7 @@ from .volumes import DicomSeries, Volume, VolumeError, find_images, percentile_w
 class Finetuned:
     "What predicts: networks of one kind, and how their images are prepared."
     id: str  # of the weights
-    config: dict  # of the first run
+    config: dict  # of the first run; of several its `preparation` says what all of them saw
     models: list[nn.Module]  # in evaluation mode, on fastai's default device
 
 
@@ -69,11 +69,13 @@ def load_finetuned(
     for member, config in zip(members, configs):
         if config.get("task") not in ("segment", "classify"): raise ValueError(f"{member} is a pretraining: finetune it first, only then it has something to predict")
         if not config.get("preparation"): raise ValueError(f"{member} does not say how its images were prepared: it was finetuned on arrays, not on files")
-        same = ("task", "dims", "preparation", "classes", "labels", "exclusive")
-        if any(config.get(k) != configs[0].get(k) for k in same): raise ValueError(f"{member} and {members[0]} were finetuned on different data: they predict nothing together")
+        alike = all(config.get(k) == configs[0].get(k) for k in ("task", "dims", "classes", "labels", "exclusive"))
+        if not alike or joint_preparation([configs[0]["preparation"], config["preparation"]]) is None:
+            raise ValueError(f"{member} and {members[0]} were finetuned on different data: they predict nothing together")
     models = [load_model(member).to(default_device()).eval() for member in members]
     weights = b"".join(p.read_bytes() for member in members for p in sorted(member.glob("*.safetensors")))
-    return Finetuned(f"{Path(run).resolve().name}-{hashlib.sha256(weights).hexdigest()[:8]}", configs[0], models)
+    how = joint_preparation([config["preparation"] for config in configs])
+    return Finetuned(f"{Path(run).resolve().name}-{hashlib.sha256(weights).hexdigest()[:8]}", configs[0] | dict(preparation=how), models)
 
 # %% ../nbs/13d_predict.ipynb #4a3b1b4b
 def source_mask(

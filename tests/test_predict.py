@@ -92,12 +92,12 @@ def test_formats_stay_what_they_were_and_bad_files_are_skipped(masks_run, kit, t
 
 
 def test_two_repeats_predict_their_mean(slices, tmp_path):  # noqa: F811
-    "Radiographs to probabilities: one run, another seed, and a folder of both."
+    "Radiographs to probabilities: one run, another seed that drew other labelled cases, and a folder of both."
     folder = tmp_path / "labelled"
     shutil.copytree(slices / "images", folder / "images")
     names = sorted(p.name for p in (slices / "images").iterdir())
     pd.DataFrame(dict(image=names, split=["train"] * 12 + ["valid"] * 4 + ["test"] * 4, bright=[0, 1] * 10)).to_csv(folder / "labels.csv", index=False)
-    assert not here("finetune", folder, "--out", tmp_path / "runs", "--dims", 2, "--size", 64, "--width", 4, "--epochs", 1, "--repeats", 2)
+    assert not here("finetune", folder, "--out", tmp_path / "runs", "--dims", 2, "--size", 64, "--width", 4, "--epochs", 1, "--repeats", 2, "--labelled", 4)
     tables = []
     for run in ("runs/seed0", "runs/seed1", "runs"):
         assert not here("predict", tmp_path / run, slices / "images", "--out", tmp_path / "out" / run.replace("/", "-"))
