@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from . import __version__
 from .store import prepare
-from .volumes import VolumeError, read_volume, resample
+from .volumes import VolumeError, lay_on, read_header, read_volume, resample
 
 # %% ../nbs/01b_files.ipynb #c5bdf9b2
 class OnDisk(Sequence):
@@ -79,12 +79,13 @@ def read_image(
 
 # %% ../nbs/01b_files.ipynb #a5ec1da5
 def read_mask(
-    path,  # for `read_volume`, on its image's grid
+    item,  # a path for `read_volume`, or a tuple of it and of its image's source, on whose grid it must lie
     spacing: tuple|None = None,  # 3D: mm in the order (D, H, W); None: as it is
     values: dict|None = None,  # the file's numbers to class numbers; 0 stays 0; None: as they are
 ) -> np.ndarray:  # ([D,] H, W), uint8, 0 is background
-    "One case's mask, prepared. Raises VolumeError for a file that is no mask."
-    volume = read_volume(path)
+    "One case's mask, prepared. Raises VolumeError for a file that is no mask, or does not lie on its image."
+    path, *image = item if isinstance(item, tuple) else (item,)
+    volume = lay_on(read_volume(path), read_header(*image)) if image else read_volume(path)
     mask = (volume if spacing is None or volume.array.ndim == 2 else resample(volume, spacing, labels=True)).array
     if (mask != mask.round()).any() or mask.min() < 0 or mask.max() > 255:
         raise VolumeError(f"{path} is not a mask: whole numbers from 0 to 255 are expected")
