@@ -166,9 +166,11 @@ def load_init_(
     if init in (None, "scratch"): return
     if init == "imagenet": return print(load_imagenet(unet.encoder, unet.config["backbone"]))
     is_run = (Path(init) / "config.json").exists()
-    if is_run and read_config(init).get("in_channels", 1) == unet.in_channels:
-        load_weights_(unet, init, pretrained_parts(init) if decoder else ("encoder",))
-    else: print(load_encoder(init, unet.encoder))
+    parts = pretrained_parts(init) if is_run and decoder else ("encoder",)
+    if is_run and read_config(init).get("in_channels", 1) == unet.in_channels: load_weights_(unet, init, parts)
+    else:
+        print(load_encoder(init, unet.encoder))
+        if "decoder" in parts: load_weights_(unet, init, ("decoder",))
 
 # %% ../nbs/12_classify.ipynb #0ae78127
 def classify_learner(
