@@ -46,7 +46,7 @@ def _of_labels(run: Path) -> Tested:
 
 def _of_masks(run: Path) -> Tested:
     "The test of a segmentation."
-    table = pd.read_csv(run / "cases.csv", dtype={"case": str, "patient": str, "class": str})
+    table = pd.read_csv(run / "cases.csv", dtype={"case": str, "patient": str, "class": str}, keep_default_na=False, na_values=[""])
     wide = table.pivot(index=["case", "patient"], columns="class", values=["dice", "truth_voxels"])
     names, cases = list(dict.fromkeys(table["class"])), wide.index.to_frame(index=False)
     dice = _with_mean(wide["dice"][names].to_numpy(float))

@@ -119,7 +119,7 @@ def read_predictions(
     Raises FileNotFoundError if it kept nothing."""
     path = Path(run) / "predictions.csv"
     if not path.exists(): raise FileNotFoundError(f"{run} has no predictions.csv: it is not a finished finetuning to labels")
-    table = pd.read_csv(path, dtype=dict(case=str, patient=str))
+    table = pd.read_csv(path, dtype=dict(case=str, patient=str), keep_default_na=False, na_values=[""])
     classes = [c.removeprefix("label ") for c in table if c.startswith("label ")]
     columns = lambda kind: table[[f"{kind} {c}" for c in classes]].to_numpy(float)
     return Predictions(table[["case", "patient"]], classes, columns("label"), columns("probability"))

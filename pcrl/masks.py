@@ -124,4 +124,4 @@ def _read_cases(run: str | Path) -> pd.DataFrame:
     "A run's figures, by patient, case and class."
     path = Path(run) / "cases.csv"
     if not path.exists(): raise FileNotFoundError(f"{run} has no cases.csv: finetune to masks first")
-    return pd.read_csv(path, dtype={"case": str, "patient": str, "class": str}).set_index(["patient", "case", "class"]).sort_index()
+    return pd.read_csv(path, dtype={"case": str, "patient": str, "class": str}, keep_default_na=False, na_values=[""]).set_index(["patient", "case", "class"]).sort_index()

@@ -181,7 +181,7 @@ def labels_table(
     """What people say of the images in a folder; a column patient_id is the patient too.
 
     Raises ValueError for a table that does not name the images."""
-    table = read_table(path, dtype=dict.fromkeys(("image", "patient", "patient_id", "split", "class"), str))
+    table = read_table(path, ("image", "patient", "patient_id", "split", "class"))
     if "patient" not in table: table = table.rename(columns=dict(patient_id="patient"))
     if "image" not in table: raise ValueError(f"{path} has no column image: name the files in it")
     if table.image.isna().any(): raise ValueError(f"{path} names no image in its row {table.image.isna().argmax() + 2}: fill it in, or leave the row out")
