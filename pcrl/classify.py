@@ -74,7 +74,8 @@ def _check_shapes(cases: Cases):
     if isinstance(images, OnDisk) and (images.settings.get("size") or images.cache is None): return
     for name, image in zip(cases.names, images):
         if image.shape != images[0].shape:
-            raise ValueError(f"{cases.name} has images of shape {images[0].shape}, as in case {cases.names[0]}, and of {image.shape}, as in case {name}: bring them to one")
+            way = "" if cases.dims == 2 else ", by a size in voxels (--crop DxHxW) to which the middle of each is cut or padded"
+            raise ValueError(f"{cases.name} has images of shape {images[0].shape}, as in case {cases.names[0]}, and of {image.shape}, as in case {name}: bring them to one{way}")
 
 # %% ../nbs/12_classify.ipynb #d6cde3c5
 def classify_loaders(

@@ -67,7 +67,7 @@ def _mapped(self: OnDisk, item):
 def read_image(
     item,  # a path for `read_volume`, or a tuple of paths on the same grid, one per channel
     spacing: tuple|None = None,  # 3D: mm in the order (D, H, W); None: as it is
-    size: int|None = None,  # 2D: edge of the square in pixels; None: as it is
+    size: int|tuple|None = None,  # 2D: edge of the square in pixels; 3D: (D, H, W) voxels to which the middle is cut or padded; None: as it is
     window: tuple|None = None,  # intensities that become 0 and 1; None: each channel's own percentiles
 ) -> np.ndarray:  # (C, [D,] H, W), uint8
     "One case's image, prepared. Raises VolumeError for a file that cannot be read or channels that differ in shape."

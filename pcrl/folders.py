@@ -116,7 +116,7 @@ def folder_cases(
     root,  # folder with `images/`, and `masks/` or `labels.csv`
     dims: int,  # 2 or 3
     spacing: tuple|None = None,  # 3D: mm in the order (D, H, W); None: each as it is
-    size: int|None = None,  # 2D classification: edge of the square in pixels; None: each as it is
+    size: int|tuple|None = None,  # classification: edge of the square in pixels, in 3D (D, H, W) voxels, see `prepare`; None: each as it is
     window: tuple|None = None,  # intensities that become 0 and 1; None: each image's percentiles
     seed: int = 0,  # of the split, where the table has none
     cache=None,  # folder in which prepared arrays are kept; None: files are read anew each time

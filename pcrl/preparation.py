@@ -30,7 +30,7 @@ def image_facts(
 def describe_preparation(
     facts: Sequence[dict],  # `image_facts` of the images that the model learns from
     spacing: tuple | None = None,  # the arguments of `prepare`
-    size: int | None = None,
+    size: int | Sequence[int] | None = None,
     window: tuple | None = None,
     dtype: str = "uint8",
     **more,  # such as `mask_values`
@@ -40,7 +40,7 @@ def describe_preparation(
     ends = lambda name: [min(f[name] for f in facts), max(f[name] for f in facts)]
     spacings = [f["spacing"] for f in facts if f["spacing"] is not None]
     seen = dict(spacing=[np.min(spacings, 0).tolist(), np.max(spacings, 0).tolist()] if spacings else None, low=ends("low"), high=ends("high"))
-    return dict(orientation="RAS", spacing=listed(spacing), size=size, window=listed(window), dtype=dtype, **more, seen=seen)
+    return dict(orientation="RAS", spacing=listed(spacing), size=list(size) if isinstance(size, Sequence) else size, window=listed(window), dtype=dtype, **more, seen=seen)
 
 # %% ../nbs/01p_preparation.ipynb #f40e1c78
 def prepare_again(

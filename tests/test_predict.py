@@ -108,6 +108,20 @@ def test_two_repeats_predict_their_mean(slices, tmp_path):  # noqa: F811
     assert np.abs(a - b).max() > 1e-4
 
 
+def test_volumes_of_uneven_shapes_to_labels(kit, tmp_path):
+    "Without --crop a sentence names it; with it the run keeps the shape, and predicts volumes of any other."
+    files = sorted((kit / "hippocampus" / "imagesTr").glob("*.nii.gz"))[:12]
+    (tmp_path / "own" / "images").mkdir(parents=True)
+    for p in files: shutil.copy(p, tmp_path / "own" / "images")
+    pd.DataFrame(dict(image=[p.name for p in files], split=["train"] * 6 + ["valid"] * 3 + ["test"] * 3, odd=[0, 1] * 6)).to_csv(tmp_path / "own" / "labels.csv", index=False)
+    command = ["finetune", tmp_path / "own", "--out", tmp_path / "run", "--width", 4, "--epochs", 1, "--repeats", 1]
+    assert "--crop DxHxW" in complaint(*command)
+    assert not here(*command, "--crop", "32x48x24")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["preparation"]["size"] == [32, 48, 24]
+    assert not here("predict", tmp_path / "run", kit / "ct_spleen_sample" / "sub-spleen2_ct.nii.gz", *files[:2], "--out", tmp_path / "out")
+    assert pd.read_csv(tmp_path / "out" / "predictions.csv")["probability odd"].between(0, 1).tolist() == [True] * 3
+
+
 def test_masks_of_pictures_mean_what_the_training_masks_meant(slices, tmp_path):  # noqa: F811
     "Masks of 0 and 255 give masks of 0 and 255; a JPEG's mask is a PNG, beside one of the same name."
     own, names = tmp_path / "own", sorted((slices / "images").iterdir())
