@@ -109,10 +109,10 @@ def read_header(
 
 # %% ../nbs/00f_volumes.ipynb #c4f20a96
 def lay_on(
-    volume: Volume,  # as read: a mask, in the order (D, H, W) or (H, W)
+    volume: Volume,  # as read: a mask, or a further channel, in the order (D, H, W) or (H, W)
     image: Header,  # of the image whose voxels it is about
 ) -> Volume:  # the same with the image's affine
-    "Check that a mask lies on its image; raises `VolumeError` for another shape, or where a corner is more than a quarter of a voxel away."
+    "Check that a volume lies on its image; raises `VolumeError` for another shape, or where a corner is more than a quarter of a voxel away."
     if volume.array.shape != image.shape:
         raise VolumeError(f"{volume.path} has shape {volume.array.shape}, but its image {image.path} has {image.shape}: they must cover the same grid")
     if image.affine is None: return volume
@@ -120,7 +120,7 @@ def lay_on(
     away = np.abs(corners @ (np.linalg.inv(image.affine) @ volume.affine - np.eye(4)).T).max()
     if away > 0.25:
         raise VolumeError(f"{volume.path} does not lie on its image {image.path}, a corner is {away:.3g} voxels away by their headers: "
-                          "look at both in a viewer, and save the mask again on the image's grid and with its geometry")
+                          "look at both in a viewer, and save it again on the image's grid and with its geometry")
     return replace(volume, affine=image.affine, spacing=image.spacing)
 
 # %% ../nbs/00f_volumes.ipynb #eeba3dcd
