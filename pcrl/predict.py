@@ -260,7 +260,7 @@ def predict(
         for i, (source, name) in enumerate(sources, 1):
             try:
                 volume = _read_for(source, of.config)
-                warned = unlike_seen(volume, of.config["preparation"]) + (_sheared(volume) if of.config["task"] == "segment" else [])
+                warned = unlike_seen(volume, of.config["preparation"]) + (_of_place(volume) if of.config["task"] == "segment" else [])
                 for sentence in warned: warnings.warn(f"{source}: {sentence}")
                 figure = out / "figures" / f"{name}.png"
                 if of.config["task"] == "segment": found = dict(mask=name.as_posix()) | _predict_mask_file(of, model, volume, out / name, figure)
@@ -275,10 +275,11 @@ def predict(
     return len(rows), len(skipped)
 
 
-def _sheared(volume: Volume) -> list[str]:
-    "What to know of a mask whose axes are not at right angles."
-    if volume.spacing is None or not is_sheared(volume.source_affine): return []
-    return ["its axes are not at right angles (a tilted gantry), so that its mask is NIfTI with a sheared affine: nibabel reads it, ITK and viewers built on it do not"]
+def _of_place(volume: Volume) -> list[str]:
+    "What to know before a mask is laid over its image."
+    caution = [volume.caution] if volume.caution else []
+    if volume.spacing is None or not is_sheared(volume.source_affine): return caution
+    return caution + ["its axes are not at right angles (a tilted gantry), so that its mask is NIfTI with a sheared affine: nibabel reads it, ITK and viewers built on it do not"]
 
 
 def _read_for(source, config: dict) -> Volume:

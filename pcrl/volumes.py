@@ -73,7 +73,7 @@ def read_volume(
     if bad := np.count_nonzero(~np.isfinite(array)):
         raise VolumeError(f"{source} has {bad:,} NaN or infinite voxels of {array.size:,}: mend it or leave it out")
     if stored.affine is None: return Volume(array, None, None, path, patient=stored.patient)
-    return canonical(array, stored.affine, path, stored.patient)
+    return replace(canonical(array, stored.affine, path, stored.patient), caution=stored.caution)
 
 # %% ../nbs/00f_volumes.ipynb #a9912829
 @dataclass
