@@ -100,7 +100,8 @@ def open_nifti(
     mm = {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1)                     # units 1 are metres, 3 micrometres
     affine = np.diag([mm, mm, mm, 1]) @ header.get_best_affine()
     caution = None if header["sform_code"] or header["qform_code"] else (
-        "its header does not say where it lies (sform and qform have code 0): a mask is written where nibabel takes it to lie, which is not where ITK does, so give it a geometry first")
+        "its header does not say where it lies (sform and qform have code 0): a mask is written where nibabel "
+        "takes it to lie, which is not where ITK does, so give it a geometry first")
     return Stored(path, "NIfTI", shape, dtype.name, lambda: _load_nifti(path, header, (*shape, channels)), affine, channels, caution=caution)
 
 def _load_nifti(path, header, shape):

@@ -70,7 +70,8 @@ def load_finetuned(
     for member, config in zip(members, configs):
         if config.get("task") not in ("segment", "classify"): raise ValueError(f"{member} is a pretraining: finetune it first, only then it has something to predict")
         if not config.get("preparation"):
-            raise ValueError(f"{member} does not say how its images were prepared: it was finetuned on arrays, not on files; show arrays to load_model({str(member)!r}) in Python, or finetune on a folder of images")
+            raise ValueError(f"{member} does not say how its images were prepared: it was finetuned on arrays, not on files; "
+                             f"show arrays to load_model({str(member)!r}) in Python, or finetune on a folder of images")
         alike = all(config.get(k) == configs[0].get(k) for k in ("task", "dims", "classes", "labels", "exclusive"))
         if not alike or joint_preparation([configs[0]["preparation"], config["preparation"]]) is None:
             raise ValueError(f"{member} and {members[0]} were finetuned on different data: they predict nothing together")
