@@ -74,7 +74,8 @@ def _check_shapes(cases: Cases):
     if isinstance(images, OnDisk) and (images.settings.get("size") or images.cache is None): return
     for name, image in zip(cases.names, images):
         if image.shape != images[0].shape:
-            raise ValueError(f"{cases.name} has images of shape {images[0].shape}, as in case {cases.names[0]}, and of {image.shape}, as in case {name}: bring them to one")
+            way = "" if cases.dims == 2 else ", by a size in voxels (--crop DxHxW) to which the middle of each is cut or padded"
+            raise ValueError(f"{cases.name} has images of shape {images[0].shape}, as in case {cases.names[0]}, and of {image.shape}, as in case {name}: bring them to one{way}")
 
 # %% ../nbs/12_classify.ipynb #d6cde3c5
 def classify_loaders(
@@ -166,9 +167,11 @@ def load_init_(
     if init in (None, "scratch"): return
     if init == "imagenet": return print(load_imagenet(unet.encoder, unet.config["backbone"]))
     is_run = (Path(init) / "config.json").exists()
-    if is_run and read_config(init).get("in_channels", 1) == unet.in_channels:
-        load_weights_(unet, init, pretrained_parts(init) if decoder else ("encoder",))
-    else: print(load_encoder(init, unet.encoder))
+    parts = pretrained_parts(init) if is_run and decoder else ("encoder",)
+    if is_run and read_config(init).get("in_channels", 1) == unet.in_channels: load_weights_(unet, init, parts)
+    else:
+        print(load_encoder(init, unet.encoder))
+        if "decoder" in parts: load_weights_(unet, init, ("decoder",))
 
 # %% ../nbs/12_classify.ipynb #0ae78127
 def classify_learner(

@@ -260,7 +260,8 @@ def finetune(
     compare: Annotated[str | None, typer.Option(metavar="RUN|FILE|imagenet|scratch", help=(
         "With `--ratios`: what else to start from, to set beside `--init`; `scratch` if left out."))] = None,
     epochs: Epochs = 50,
-    crop: Crop = None,
+    crop: Annotated[str | None, typer.Option(metavar="DxHxW", help=(
+        "Segmentation: voxels of a crop, 32x64x64 if left out, in 2D 224x224. Classification in 3D: voxels to which the middle of each volume is cut or padded."))] = None,
     bs: Annotated[int, typer.Option(min=2, help="Images or crops in a batch.")] = 4,
     width: Annotated[int | None, typer.Option(min=1, help="Channels of the first level; the pretraining's if left out, or 64.")] = None,
     backbone: Annotated[str | None, typer.Option(help="2D: `resnet18`, `resnet50`, ..., or a network of timm's; the pretraining's, or `resnet18`, if left out.")] = None,
@@ -285,13 +286,13 @@ def finetune(
     from pcrl.repeats import finetune_repeats, spread
     if ratios and labelled: raise ValueError("--ratios and --labelled do not go together: each says how many training cases are used")
     if compare and not ratios: raise ValueError("--compare needs --ratios, such as --ratios 0.1 1; runs that are there already are compared by `pcrl compare`")
-    crop, own = parse_crop(crop, dims), out.with_name(f"{out.name}-cases")
+    box, own = parse_crop(crop, dims), out.with_name(f"{out.name}-cases")
     if cache is None and own.exists() and not any(out.glob("**/config.json")): resume = False  # stopped while it prepared cases, it begins
     for source in (init, compare): check_init(source, dims)
-    cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else None, window, seed, cache or own, split)
+    cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else crop and box, window, seed, cache or own, split)
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
-    settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=crop, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,
+    settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=box, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,
                     backbone=backbone, cbs=[StopOnSignal()], every=every, resume=resume)
     if ratios: table, told = label_efficiency(cases, out, ratios, repeats, seed, init, compare or "scratch", **settings)
     else: table, told = spread(finetune_repeats(cases, out, repeats, seed, labelled, init, **settings)), ""

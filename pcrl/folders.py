@@ -101,25 +101,22 @@ def _own_labels(path, table):
     return table[names].to_numpy(np.float32), names
 
 # %% ../nbs/02a_folders.ipynb #f970c418
-def _own_masks(root, names, images, spacing, cache):
+def _own_masks(root, names, sources, spacing, cache):
     "Masks on disk with their values renumbered 1, 2, ..., and the values' names: a mask of 0 and 255 has one class."
     paths, values = [root / "masks" / name for name in names], set()
     if away := next(filter(None, (link_away(path, root / "masks") for path in paths)), None): raise VolumeError(away)
-    masks = OnDisk(paths, read_mask, cache, spacing=spacing)
-    for path, image, mask in zip(paths, images, masks):
-        if mask.shape != image.shape[1:]:
-            raise ValueError(f"{path} has shape {mask.shape}, but its image has {image.shape[1:]}: they must cover the same grid")
-        values |= set(np.unique(mask).tolist()) - {0}
+    masks = OnDisk(list(zip(paths, sources)), read_mask, cache, spacing=spacing)
+    for mask in masks: values |= set(np.unique(mask).tolist()) - {0}
     if not values: raise ValueError(f"{root / 'masks'} has nothing but background: there is nothing to learn")
     number = {v: k for k, v in enumerate(sorted(values), 1)}
-    return OnDisk(paths, read_mask, cache, spacing=spacing, values=number), [f"class {v}" for v in number]
+    return OnDisk(masks.items, read_mask, cache, spacing=spacing, values=number), [f"class {v}" for v in number]
 
 # %% ../nbs/02a_folders.ipynb #dadb8b51
 def folder_cases(
     root,  # folder with `images/`, and `masks/` or `labels.csv`
     dims: int,  # 2 or 3
     spacing: tuple|None = None,  # 3D: mm in the order (D, H, W); None: each as it is
-    size: int|None = None,  # 2D classification: edge of the square in pixels; None: each as it is
+    size: int|tuple|None = None,  # classification: edge of the square in pixels, in 3D (D, H, W) voxels, see `prepare`; None: each as it is
     window: tuple|None = None,  # intensities that become 0 and 1; None: each image's percentiles
     seed: int = 0,  # of the split, where the table has none
     cache=None,  # folder in which prepared arrays are kept; None: files are read anew each time
@@ -131,7 +128,7 @@ def folder_cases(
     table = folder_table(root, dims, seed)
     if table.reason.notna().any(): raise VolumeError(table.reason.dropna().iloc[0])
     images = OnDisk(table.source.tolist(), read_image, cache, spacing=spacing, size=None if masks else size, window=window)
-    if masks: targets, classes = _own_masks(root, table.image, images, spacing, cache)
+    if masks: targets, classes = _own_masks(root, table.image, table.source, spacing, cache)
     elif (root / "labels.csv").is_file(): targets, classes = _own_labels(root / "labels.csv", table)
     else: raise FileNotFoundError(f"{root / 'labels.csv'} is missing, and so is masks/: give one of them, to learn from")
     return Cases(root.resolve().name, dims, "segment" if masks else "classify", images, targets, classes, table.person.tolist(), table.split.tolist(),

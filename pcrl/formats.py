@@ -29,6 +29,7 @@ class Stored:
     channels: int = 1  # numbers a voxel
     modality: str|None = None  # of DICOM: CT, MR, CR, ...
     patient: str|None = field(default=None, repr=False)  # of DICOM, in memory only
+    caution: str|None = None  # what to know of its place
 
 # %% ../nbs/00a_formats.ipynb #a4c4b820
 RATIO = 1032  # bytes that a byte can unpack to, the most that deflate can do (zlib.net/zlib_tech.html)
@@ -98,7 +99,10 @@ def open_nifti(
     check_size(path, (*shape, channels), dtype.itemsize, held)
     mm = {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1)                     # units 1 are metres, 3 micrometres
     affine = np.diag([mm, mm, mm, 1]) @ header.get_best_affine()
-    return Stored(path, "NIfTI", shape, dtype.name, lambda: _load_nifti(path, header, (*shape, channels)), affine, channels)
+    caution = None if header["sform_code"] or header["qform_code"] else (
+        "its header does not say where it lies (sform and qform have code 0): a mask is written where nibabel "
+        "takes it to lie, which is not where ITK does, so give it a geometry first")
+    return Stored(path, "NIfTI", shape, dtype.name, lambda: _load_nifti(path, header, (*shape, channels)), affine, channels, caution=caution)
 
 def _load_nifti(path, header, shape):
     from nibabel.arrayproxy import ArrayProxy

@@ -25,6 +25,7 @@ class Volume:
     path: Path|None  # the file or folder it came from
     source_affine: np.ndarray|None = None  # the same of the file's own voxel order, for `write_volume`
     patient: str|None = field(default=None, repr=False)  # id in a DICOM header; never printed, never written as it is
+    caution: str|None = field(default=None, repr=False)  # what to know of its place, before a mask is laid over the file
 
 class VolumeError(ValueError):
     "A file that cannot be read or written: one sentence with its name, the reason and what to do."

@@ -73,7 +73,7 @@ def open_cases(
     root,  # any of the layouts
     dims: int,  # 2 or 3
     spacing: tuple|None = None,  # 3D: mm in the order (D, H, W); None: each as it is
-    size: int|None = None,  # 2D classification: edge of the square in pixels; None: what the layout's own page says
+    size: int|tuple|None = None,  # classification: edge of the square in pixels, in a 3D folder of one's own (D, H, W) voxels; None: what the layout's own page says
     window: tuple|None = None,  # intensities that become 0 and 1; None: what suits the set, or each image's percentiles
     seed: int = 0,  # of the split, as far as none is published
     cache=None,  # folder in which prepared arrays are kept; None: files are read anew each time

@@ -372,7 +372,7 @@ def load_weights_(
 
     Raises FileNotFoundError if the folder is not a run or has no weights yet, ValueError if the run's network is another one, or its weights are not that network's."""
     theirs, ours, run = encoder_settings(run), {k: net.config[k] for k in _OF_ENCODER}, Path(run)
-    if differ := [k for k in ours if theirs[k] != ours[k]]:
+    if differ := [k for k in ours if theirs[k] != ours[k] and (k != "in_channels" or "encoder" in parts)]:  # which a decoder does not depend on
         told = lambda net: ", ".join(f"{k} {net[k]}" for k in differ)
         raise ValueError(f"{run} has a network of {told(theirs)}, but {told(ours)} is asked for: choose the run's own")
     for part in parts:

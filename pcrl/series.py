@@ -9,7 +9,7 @@ __all__ = ['GEOMETRY', 'open_dicom', 'DicomSeries', 'dicom_sources', 'open_serie
 
 # %% ../nbs/00d_series.ipynb #c16bc14a
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 from .dicom import dicom_entry, dicom_files, dicom_frames, dicom_header, dicom_kind, discreet
@@ -113,7 +113,9 @@ def _open_stack(source, headers, planes, load):
     stack = _stack(planes, source)
     shape = (first.Columns, first.Rows, len(stack.grid))
     check_size(source, shape)
-    return _stored(source, first, shape, lambda: stack(load()), stack.affine)
+    caution = None if stack.grid is stack.places else (
+        f"its {len(stack.places)} slices are unevenly spaced and were read onto {len(stack.grid)} even ones: a mask lies on these, and not on the slices of the files")
+    return replace(_stored(source, first, shape, lambda: stack(load()), stack.affine), caution=caution)
 
 # %% ../nbs/00d_series.ipynb #61ad2ca8
 def open_dicom(

@@ -9,6 +9,7 @@ __all__ = ['source_hash', 'patient_key', 'patient_hash', 'printable', 'read_tabl
 
 # %% ../nbs/00x_sources.ipynb #9720b254
 import hashlib, hmac, os, re, secrets
+from collections.abc import Sequence
 from pathlib import Path
 import pandas as pd
 from .dicom import dicom_files
@@ -76,10 +77,14 @@ def printable(
 
 def read_table(
     path,  # .csv
+    names: Sequence = (),  # columns of names, which are text as it stands: None and NA are names, and an empty field alone is missing
     **settings,  # of `pandas.read_csv`
 ) -> pd.DataFrame:
     """A table that people made.
 
     Raises ValueError if it is none, FileNotFoundError if it is missing."""
-    try: return pd.read_csv(path, **settings)
+    try:
+        table = pd.read_csv(path, **settings)
+        as_written = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""]) if len(names) else table
+        return table.assign(**{name: as_written[name] for name in names if name in table})
     except ValueError as e: raise ValueError(f"{path} is not a table ({str(e).strip()}): save it as CSV in UTF-8 with a first row of names") from None

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.basics import patch
+from .intensities import centre3d
 from .volumes import Volume, VolumeError, find_images, percentile_window, read_volume, resample, resize2d, to_uint8
 from .volumes import window as apply_window
 from .sources import patient_hash, patient_key, printable, read_table, source_hash
@@ -27,14 +28,16 @@ DTYPES = ("uint8", "float16", "float32")
 def prepare(
     volume: Volume,  # as read
     spacing: tuple|None = None,  # 3D: mm in the order (D, H, W); None: as it is
-    size: int|None = None,  # 2D: edge of the square in pixels, the longer side is cut; None: as it is
+    size: int|tuple|None = None,  # 2D: edge of the square in pixels, the longer side is cut; 3D: (D, H, W) voxels, the middle is cut or padded; None: as it is
     window: tuple|None = None,  # intensities that become 0 and 1; None: the image's own percentiles
     dtype: str = "uint8",  # "uint8" for 0 to 255, "float16" or "float32" for [0, 1]
 ) -> np.ndarray:  # (C, [D,] H, W), where C is 1 unless the volume has channels
     "The array that goes into a store: resampled, then windowed."
     if spacing is not None: volume = resample(volume, spacing)
-    array = volume.array if size is None else resize2d(volume.array, size)
+    flat = _dims(volume) == 2
+    array = resize2d(volume.array, size) if size is not None and flat else volume.array
     array = percentile_window(array) if window is None else apply_window(array, *window)
+    if size is not None and not flat: array = centre3d(array, size)
     array = to_uint8(array) if dtype == "uint8" else array.astype(dtype)
     return array if array.ndim > _dims(volume) else array[None]
 
@@ -181,7 +184,7 @@ def labels_table(
     """What people say of the images in a folder; a column patient_id is the patient too.
 
     Raises ValueError for a table that does not name the images."""
-    table = read_table(path, dtype=dict.fromkeys(("image", "patient", "patient_id", "split", "class"), str))
+    table = read_table(path, ("image", "patient", "patient_id", "split", "class"))
     if "patient" not in table: table = table.rename(columns=dict(patient_id="patient"))
     if "image" not in table: raise ValueError(f"{path} has no column image: name the files in it")
     if table.image.isna().any(): raise ValueError(f"{path} names no image in its row {table.image.isna().argmax() + 2}: fill it in, or leave the row out")

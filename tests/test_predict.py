@@ -92,12 +92,12 @@ def test_formats_stay_what_they_were_and_bad_files_are_skipped(masks_run, kit, t
 
 
 def test_two_repeats_predict_their_mean(slices, tmp_path):  # noqa: F811
-    "Radiographs to probabilities: one run, another seed, and a folder of both."
+    "Radiographs to probabilities: one run, another seed that drew other labelled cases, and a folder of both."
     folder = tmp_path / "labelled"
     shutil.copytree(slices / "images", folder / "images")
     names = sorted(p.name for p in (slices / "images").iterdir())
     pd.DataFrame(dict(image=names, split=["train"] * 12 + ["valid"] * 4 + ["test"] * 4, bright=[0, 1] * 10)).to_csv(folder / "labels.csv", index=False)
-    assert not here("finetune", folder, "--out", tmp_path / "runs", "--dims", 2, "--size", 64, "--width", 4, "--epochs", 1, "--repeats", 2)
+    assert not here("finetune", folder, "--out", tmp_path / "runs", "--dims", 2, "--size", 64, "--width", 4, "--epochs", 1, "--repeats", 2, "--labelled", 4)
     tables = []
     for run in ("runs/seed0", "runs/seed1", "runs"):
         assert not here("predict", tmp_path / run, slices / "images", "--out", tmp_path / "out" / run.replace("/", "-"))
@@ -106,6 +106,20 @@ def test_two_repeats_predict_their_mean(slices, tmp_path):  # noqa: F811
     a, b, both = (t["probability bright"].to_numpy() for t in tables)
     np.testing.assert_allclose(both, (a + b) / 2, atol=1e-6)
     assert np.abs(a - b).max() > 1e-4
+
+
+def test_volumes_of_uneven_shapes_to_labels(kit, tmp_path):
+    "Without --crop a sentence names it; with it the run keeps the shape, and predicts volumes of any other."
+    files = sorted((kit / "hippocampus" / "imagesTr").glob("*.nii.gz"))[:12]
+    (tmp_path / "own" / "images").mkdir(parents=True)
+    for p in files: shutil.copy(p, tmp_path / "own" / "images")
+    pd.DataFrame(dict(image=[p.name for p in files], split=["train"] * 6 + ["valid"] * 3 + ["test"] * 3, odd=[0, 1] * 6)).to_csv(tmp_path / "own" / "labels.csv", index=False)
+    command = ["finetune", tmp_path / "own", "--out", tmp_path / "run", "--width", 4, "--epochs", 1, "--repeats", 1]
+    assert "--crop DxHxW" in complaint(*command)
+    assert not here(*command, "--crop", "32x48x24")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["preparation"]["size"] == [32, 48, 24]
+    assert not here("predict", tmp_path / "run", kit / "ct_spleen_sample" / "sub-spleen2_ct.nii.gz", *files[:2], "--out", tmp_path / "out")
+    assert pd.read_csv(tmp_path / "out" / "predictions.csv")["probability odd"].between(0, 1).tolist() == [True] * 3
 
 
 def test_masks_of_pictures_mean_what_the_training_masks_meant(slices, tmp_path):  # noqa: F811
