@@ -37,7 +37,7 @@ def arms(
 ) -> dict[str, Recipe]:  # by name
     "The rows of the paper's Table 2 as settings of a recipe."
     base = get_recipe(recipe, dims)
-    plain, alone = dict(transatt="none", transforms="identity"), replace(base, reconstruction_weight=0.0)
+    plain, alone = dict(transatt="none", transatt_rank=None, transforms="identity"), replace(base, reconstruction_weight=0.0)
     return {"contra": alone,
             "contra+recon": replace(base, **plain, reconstructed=("o",)),
             "contra+rotnet": replace(alone, rotation_weight=base.contrast_weight),

@@ -21,11 +21,11 @@ class Projector(nn.Module):
     def __init__(self,
         channels: int,  # of the feature map
         dim: int = 128,  # of the hidden layer and of the embedding
-        norm: bool = False,  # BatchNorm between the first layer and its ReLU (ours; SimCLR's and BYOL's)
+        norm: str | None = None,  # between the first layer and its ReLU: "batch" (ours; SimCLR's and BYOL's), "group": LayerNorm, a group of all; None: nothing
     ):
         super().__init__()
-        hidden = [nn.Linear(channels, dim, bias=False), nn.BatchNorm1d(dim)] if norm else [nn.Linear(channels, dim)]
-        self.layers = nn.Sequential(*hidden, nn.ReLU(), nn.Linear(dim, dim))
+        norms = [{"batch": nn.BatchNorm1d, "group": nn.LayerNorm}[norm](dim)] if norm else []
+        self.layers = nn.Sequential(nn.Linear(channels, dim, bias=not norm), *norms, nn.ReLU(), nn.Linear(dim, dim))
 
     def embed(self,
         features: Tensor,  # (B, C, [D,] H, W)

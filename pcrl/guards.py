@@ -42,6 +42,8 @@ def _batch_tensors(
 class FiniteGuard(Callback):
     """Raise FloatingPointError at a loss or gradients that are NaN or infinite, before the step that would spread them over the weights.
 
+    Under a `GradScaler` gradients count only once its scale is below 1, from torch's 65536 on after 17 skipped steps.
+
     In a `RunFolder`'s folder the batch is kept under `failed/`: its tensors, and a JSON file that says which batch it was.
     What a forward pass alone changes, the running statistics of BatchNorm, has seen the batch."""
     order = 15
@@ -57,6 +59,9 @@ class FiniteGuard(Callback):
     def after_backward(self):
         if not self.scaled: self._check({"the loss": self.loss, "the gradients' norm": gradient_norm(self.model)})
 
+    def after_cancel_step(self):
+        if self.scaled and (scale := self.learn.scaler.get_scale()) < 1: self._stop(f"the gradients are not finite, even at a loss scale of {scale:g},")
+
     def _check(self, numbers: dict[str, Tensor]):
         if not torch.stack([*numbers.values()]).isfinite().all():
             fault = next(f"{name} is {v.item()}" for name, v in numbers.items() if not v.isfinite())
@@ -69,7 +74,7 @@ def _stop(self: FiniteGuard,
 ):
     "Keep the batch and end the run with a sentence."
     batch = _batch_tensors(self.xb, self.yb)
-    advice = f"lower the learning rate (now {self.opt.hypers[-1]['lr']:g})"
+    advice = f"lower the learning rate (now {self.opt.hypers[-1]['lr']:g})" + ", or take bfloat16 (to_bf16)" * self.scaled
     if spoilt := [name for name, v in batch.items() if not v.isfinite().all()]:
         advice = f"repair the images, for the batch itself is not finite ({', '.join(spoilt)})"
     kept = _keep_batch(self, batch, fault) if hasattr(self.learn, "run_folder") else ""

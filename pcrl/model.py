@@ -50,7 +50,7 @@ TRANSATTS = dict(outer=TransAtt, fc=OfficialTransAtt, centred=CentredTransAtt, o
 class PCRL(nn.Module):
     """Preservational Contrastive Representation Learning.
 
-    Raises ValueError for an unknown recipe or setting, and where `UNet` does."""
+    Raises ValueError for an unknown recipe or setting, for channels that the recipe does not take, and where `UNet` does."""
     def __init__(self,
         dims: int,  # 2 or 3
         recipe: str | Recipe = "paper",  # settings of the method, or their name
@@ -61,13 +61,15 @@ class PCRL(nn.Module):
     ):
         super().__init__()
         self.dims, self.recipe = dims, (r := get_recipe(recipe, dims, **settings))
+        if in_channels not in (1, r.input_channels or in_channels):
+            raise ValueError(f"in {dims}D recipe {r.name!r} takes images of 1 or {r.input_channels} channels, not {in_channels}: give such, or choose another recipe")
         net = dict(in_channels=r.input_channels or in_channels, width=width) | (net or {})
         self.config, unet = dict(method="pcrl", dims=dims, **net), UNet(dims, **net)
         channels = unet.encoder.channels[-1]
         self.divisor, self.decoder = unet.divisor, unet.decoder
-        kind, rank = TRANSATTS[r.transatt], {} if r.transatt in ("fc", "none") else dict(rank=r.transatt_rank)
+        kind, rank = TRANSATTS[r.transatt], {} if r.transatt_rank is None else dict(rank=r.transatt_rank)
         transatt = kind(channels, n_indicators(dims), dims, **rank)
-        self.ordinary = Branch(unet.encoder, transatt, Projector(channels, r.projection, r.projector_norm))
+        self.ordinary = Branch(unet.encoder, transatt, Projector(channels, r.projection, unet.config["norm"] if r.projector_norm else None))
         self.momentum = momentum_copy(self.ordinary, own_statistics=not r.ema_statistics)
         self.queue = KeyQueue(r.queue_size, r.projection, r.queue_noise)
         if r.contrast == "nce": self.nce = BinaryNCE(r.nce_n or 1, r.tau)

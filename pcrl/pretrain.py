@@ -21,6 +21,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import ValueMetric
 from fastai.optimizer import OptimWrapper
+from fastcore.basics import AttrDict
 from torch import nn
 
 from .checkpoints import read_checkpoint
@@ -60,6 +61,7 @@ class MethodLoss:
     def __init__(self, method: nn.Module): self.method, self.figures = method, {}
 
     def __call__(self, outputs, views):
+        outputs = AttrDict(outputs)
         terms = self.method.loss(outputs, views)
         self.figures = terms | self.method.monitors(outputs, views)
         return terms["loss"]

@@ -19,7 +19,7 @@ class _Network:
     transatt_rank: int | None = None  # of eq. 2's W: None for the full W, r for a W of rank r (ours)
     skips: bool = True  # the decoder sees F^1 .. F^{l-1} too; False: F^{l+1} alone, while pretraining (ours)
     projection: int = 128  # width of the projector's two layers (the authors' code's)
-    projector_norm: bool = False  # BatchNorm between them (ours)
+    projector_norm: bool = False  # BatchNorm between them, or LayerNorm in a network of norm "group" (ours)
     sigmoid_output: bool = True  # reconstructions pass a sigmoid, as images lie in [0, 1] (the authors' code, 3D)
     decode_together: bool = True  # one call of the decoder for all paths (ours); False: one each, with BatchNorm statistics of its own
 
@@ -110,7 +110,7 @@ class Recipe(_Corruption, _Input, _Training, _Contrast, _Reconstruction, _Networ
     """All settings of a pretraining method, in 2D or in 3D. The defaults are those of `literal` in 3D.
 
     Raises ValueError for a word that is none of a setting's choices, for paths that the recipe does not have,
-    if no loss has a weight, and if images are to be turned as well as reconstructed."""
+    if no loss has a weight, if images are to be turned as well as reconstructed, and for a rank of a TransAtt that has none."""
     name: str = "literal"  # under which `get_recipe` finds it
 
     def __post_init__(self):
@@ -126,6 +126,8 @@ class Recipe(_Corruption, _Input, _Training, _Contrast, _Reconstruction, _Networ
             raise ValueError("with contrast_weight and reconstruction_weight 0 there is nothing to learn: give one of them a weight")
         if self.rotation_weight and self.reconstruction_weight:
             raise ValueError("rotation_weight stands in the place of reconstruction_weight: set that to 0")
+        if self.transatt_rank is not None and self.transatt in ("fc", "none"):
+            raise ValueError(f"transatt {self.transatt!r} has no W of eq. 2: leave transatt_rank at None")
 
 # %% ../nbs/08b_recipes.ipynb #ad4e7a08
 _CROPS_2D = dict(crop=(224, 224), crop_scales=SCALES[2], min_iou=MIN_IOU[2])

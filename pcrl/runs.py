@@ -18,7 +18,7 @@ from inspect import signature
 from io import BytesIO
 from pathlib import Path
 
-import fastai, fastai.callback.progress, torch  # importing fastai.callback.progress gives every Learner its bar
+import fastai, fastai.callback.fp16, fastai.callback.progress, torch  # the imports give every Learner its `to_fp16`, `to_bf16` and its bar
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
