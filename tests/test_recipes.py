@@ -4,6 +4,7 @@ and the authors' code, or `robust`.
 Each test takes one recipe, gives it the other's value of one setting, and compares both with a slow reading of that point,
 mostly in plain NumPy."""
 import math
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np, pytest, torch, torch.nn.functional as F
@@ -20,22 +21,67 @@ from pcrl.transforms import distinct_transforms
 TESTS = {}
 
 
-def row(item, *settings):
-    "Register a test for settings of a row of the table."
+def row(item, *settings, dims=None):
+    "Register a test for settings of a row of the table; with `dims` one for each of them, which the test is told."
     def register(test):
-        TESTS.update({(item, setting): test for setting in settings})
+        for setting in settings: TESTS.update({(item, setting, d): partial(test, d) for d in dims} if dims else {(item, setting, None): test})
         return test
     return register
 
 
-DIFFERENT = {row for other in ("official", "robust") for row, differs in recipe_table("literal", other).differs.items() if differs}
+# --- values, written out by hand ------------------------------------------------------------------------------------------
+
+SIZES = (1, 1, 1), (1.5, 1.5, 1.5), (3, 1.5, 1.5), (.5, .5, .5), (2, 1.75, 1.75)                # of 32 x 64 x 64 voxels
+LITERAL = dict(
+    transatt="outer", transatt_rank=None, skips=True, projection=128, projector_norm=False, sigmoid_output=True, decode_together=True,
+    reconstructed=("o", "m", "h"), reconstruction_mean=False, target="clean", turn_clean=True, transforms="all", hybrid_transform=True,
+    mixup_pass=False, alpha=1., lam_per_sample=True, lam_larger_share=False, lam_apart=False,
+    contrast="softmax", contrasted="attended", tau=.2, positive_in_denominator=False, nce_n=None,
+    queue_size=16384, queue_keys=("o", "m", "h"), queue_noise=False, beta=.99, ema_statistics=True, shuffle_keys=False,
+    contrast_weight=.5, reconstruction_weight=.5, rotation_weight=0.,
+    lr=1e-3, momentum=.9, weight_decay=0., warmup=0., cosine="step", epochs=None, patience=30, keep="best", bs=None,
+    crop=(32, 64, 64), crop_scales=SIZES, min_iou=.25, pairs_per_image=1, air=None, max_air=.15, margin=0, spacing=None, window=None,
+    input_channels=None, imagenet=False,
+    p_flip=0., degrees=0., stretch=0., p_grey=0., jitter=0., p_blur=.5, blur_sigma=(.1, 2.), p_shuffle=0., p_paint=.9, p_inpaint=.2,
+    holes=0, hole_side=32)
+LITERAL_2D = dict(crop=(224, 224), crop_scales=(.2, 1.), min_iou=0.)
+PAPER = dict(transatt="centred", projector_norm=True, transforms="distinct", p_paint=.5, p_inpaint=.9)
+ROBUST = PAPER | dict(
+    transatt="open", skips=False, turn_clean=False, contrasted="deepest", queue_size=512, beta=.9, lr=.1, warmup=.03, patience=None, keep="last")
+OFFICIAL = dict(
+    transatt="fc", decode_together=False, reconstructed=("o", "h"), reconstruction_mean=True, target="corrupt", turn_clean=False,
+    hybrid_transform=False, mixup_pass=True, lam_per_sample=False, lam_larger_share=True, lam_apart=True,
+    contrast="nce", contrasted="deepest", queue_keys=("m", "m2", "mix"), queue_noise=True, beta=.999, ema_statistics=False, shuffle_keys=True,
+    contrast_weight=1., reconstruction_weight=1., weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
+    p_flip=.5, degrees=10.)
+DEPARTURES = {
+    ("literal", 2): {}, ("literal", 3): {},
+    ("paper", 2): PAPER | dict(crop_scales=(.5, 1.)), ("paper", 3): PAPER | dict(crop_scales=(1.5, 2.)),
+    ("robust", 2): ROBUST | dict(crop_scales=(.5, 1.), contrast_weight=.3, reconstruction_weight=1., bs=32),
+    ("robust", 3): ROBUST | dict(crop_scales=(1.5, 2.), contrast_weight=.03, reconstruction_weight=3., bs=16),
+    ("official", 2): OFFICIAL | dict(sigmoid_output=False, bs=64, input_channels=3, imagenet=True, p_grey=.2, jitter=.4, p_paint=0., holes=3),
+    ("official", 3): OFFICIAL | dict(bs=16, pairs_per_image=16, air=.425, margin=(15, 70, 70), spacing=(1., 1., 1.), window=(-1000., 1000.),
+                                     stretch=.1, p_blur=1., blur_sigma=(0., 2.), p_shuffle=.5)}
 
 
-@pytest.mark.parametrize("item, setting", [*sorted(DIFFERENT), ("projector", "projection")])
-def test_setting(item, setting): TESTS[item, setting]()
+def changed_settings(recipe): return set(DEPARTURES[recipe, 2]) | set(DEPARTURES[recipe, 3])
 
 
-def test_every_item_of_the_table_is_tested(): assert {item for item, _ in TESTS} == set(ITEMS)
+@pytest.mark.parametrize("recipe, dims", DEPARTURES)
+def test_values(recipe, dims):
+    here = LITERAL | (LITERAL_2D if dims == 2 else {}) | DEPARTURES[recipe, dims]
+    assert asdict(RECIPES[recipe][dims]) == here | dict(name=recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_table_of_differences(recipe):
+    "The table names the settings above, and each has a test of what it does."
+    differs = recipe_table("literal", recipe).differs
+    assert {setting for (_, setting), word in differs.items() if word} == changed_settings(recipe)
+    assert changed_settings(recipe) <= {setting for _, setting, _ in TESTS}
+
+
+def test_every_item_of_the_table_is_tested(): assert {item for item, *_ in TESTS} == set(ITEMS)
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------------
@@ -871,3 +917,9 @@ def inpaints():
         less_than_half = [float(((h > 0) & (h < .5)).float().sum() / (h > 0).float().sum()) for h in hidden]
         assert less_than_half[0] < .5 < less_than_half[1]                        # an inpainted crop is mostly seen, an outpainted mostly hidden
     assert [get_recipe(r, d).p_inpaint for r in ("literal", "robust") for d in (2, 3)] == [.2, .2, .9, .9]
+
+
+# --- each row, once all are registered ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("item, setting, dims", TESTS)
+def test_setting(item, setting, dims): TESTS[item, setting, dims]()
