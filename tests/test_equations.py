@@ -11,7 +11,7 @@ from torch import nn
 from pcrl.contrast import KeyQueue, Projector, ema_update_, momentum_copy, nce_loss
 from pcrl.crossmix import crossmix, mix
 from pcrl.model import PCRL
-from pcrl.transatt import FactoredOuterLinear, OuterProductLinear, TransAtt
+from pcrl.transatt import CentredTransAtt, FactoredOuterLinear, OpenTransAtt, OuterProductLinear, TransAtt
 from pcrl.transforms import apply_transforms, invert_transforms, n_indicators, sample_transforms
 from pcrl.unet import UNet
 
@@ -56,6 +56,12 @@ def wide_weights(module, seed):
 def gradients_fit(f, *inputs): assert torch.autograd.gradcheck(f, inputs)
 
 
+def all_gradients_fit(module, *inputs):
+    "Those of every weight, and of what of the inputs has one."
+    names, weights = zip(*((name, p.detach().requires_grad_()) for name, p in module.named_parameters()))
+    gradients_fit(lambda *both: torch.func.functional_call(module, dict(zip(names, both[len(inputs):])), both[:len(inputs)]), *inputs, *weights)
+
+
 # --- equations 1 to 4: TransAtt -------------------------------------------------------------------------------------------
 
 def linear(W, b, x):
@@ -88,9 +94,7 @@ def test_bilinear_form_is_the_built_outer_product(seed, n, channels, rank):
     wide_weights(layer.double(), seed)
     f_p, f_l = normal(seed + 10, n, channels, requires_grad=True), normal(seed + 11, n, channels, requires_grad=True)
     near(layer(f_p, f_l), [outer_product(full_weights(layer), p, l) for p, l in zip(array(f_p), array(f_l))])
-    weights = [p.detach().requires_grad_() for p in layer.parameters()]
-    names = [name for name, _ in layer.named_parameters()]
-    gradients_fit(lambda p, l, *w: torch.func.functional_call(layer, dict(zip(names, w)), (p, l)), f_p, f_l, *weights)
+    all_gradients_fit(layer, f_p, f_l)
 
 
 def gate(transatt, features, vec):
@@ -125,7 +129,42 @@ def test_transatt(seed, dims, n, channels, rank, data):
     weighed = [np.array([w * channel for w, channel in zip(f_w, x)]) for f_w, x in zip(gates, array(features))]
     near(layer(features, vec), [conv3(array(layer.conv.weight), array(layer.conv.bias), x) for x in weighed])
     assert layer(features, vec).shape == features.shape
-    gradients_fit(lambda x: layer(x, vec), features)
+    all_gradients_fit(layer, features, vec)
+
+
+def layer_norm(norm, x):
+    gain, shift = (array(p) for p in norm.parameters())
+    mean = sum(x) / len(x)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in x) / len(x) + 1e-5)
+    return np.array([g * (v - mean) / deviation + s for g, v, s in zip(gain, x, shift)])
+
+
+def centred(transatt, features, vec):
+    "Eqs. 1 and 2 before its ReLU for one image, f^p less its mean over all transforms, f^p and f^l normalised. A flip in y is one in x and half a turn."
+    W1, b1, W2, b2 = (array(p) for p in transatt.embed.parameters())
+    embed = lambda v: linear(W2, b2, relu(linear(W1, b1, v)))
+    every = [(x, 0., *z, *(float(k == turn) for k in range(4))) for x in (0., 1.) for z in ([(0.,), (1.,)] if len(vec) == 7 else [()]) for turn in range(4)]
+    common = sum(embed(v) for v in every) / len(every)
+    f_l = [sum(channel.ravel()) / channel.size for channel in features]
+    return outer_product(full_weights(transatt.outer), layer_norm(transatt.norm_p, embed(vec) - common), layer_norm(transatt.norm_l, f_l))
+
+
+@few
+@given(seeds, dimensions, st.integers(1, 2), st.integers(2, 3), st.sampled_from([None, 2]),
+       st.sampled_from([(CentredTransAtt, lambda v: 1 / (1 + math.exp(-max(v, 0.)))), (OpenTransAtt, lambda v: 2 / (1 + math.exp(-v)))]), st.data())
+def test_centred_transatt(seed, dims, n, channels, rank, kind, data):
+    size = data.draw(st.tuples(*[st.integers(1, 2)] * dims))
+    layer = wide_weights(kind[0](channels, n_indicators(dims), dims, rank).double(), seed)
+    features, direction = normal(seed + 20, n, channels, *size, requires_grad=True), normal(seed + 21, n, channels, *size)
+    vec = sample_transforms(n, dims, torch.Generator().manual_seed(seed)).double()
+    gates = lambda xs: [np.array([kind[1](v) for v in centred(layer, x, one)]) for x, one in zip(xs, array(vec))]
+    conv = array(layer.conv.weight), array(layer.conv.bias)
+    told = lambda xs: np.stack([conv3(*conv, np.stack([w * channel for w, channel in zip(f_w, x)])) for f_w, x in zip(gates(xs), xs)])
+    near(layer.gate(features, vec), gates(array(features)))
+    near(layer(features, vec), told(array(features)))
+    by_features, = torch.autograd.grad((layer(features, vec) * direction).sum(), features)
+    near(by_features, slope(lambda xs: (told(xs) * array(direction)).sum(), array(features).copy()), 1e-5)
+    all_gradients_fit(layer, features, vec)
 
 
 def test_gates_of_both_signs_occur():
@@ -159,15 +198,35 @@ def test_mixing(seed, dims, n, levels):
 
 # --- the projector and equation 7 -----------------------------------------------------------------------------------------
 
+def batch_norm(gain, shift, rows):
+    mean = sum(rows) / len(rows)
+    deviation = np.sqrt(sum((row - mean) ** 2 for row in rows) / len(rows) + 1e-5)
+    return [gain * (row - mean) / deviation + shift for row in rows]
+
+
+def projected(weights, images):
+    "Pooling, FC, BatchNorm if it has weights, ReLU, FC, and then length 1."
+    rows = [np.array([sum(c.ravel()) / c.size for c in image]) for image in images]
+    W1, *between, W2, b2 = weights
+    if len(between) == 1: hidden = [linear(W1, between[0], row) for row in rows]
+    else: hidden = batch_norm(*between, [linear(W1, np.zeros(len(W1)), row) for row in rows])
+    rows = [linear(W2, b2, relu(row)) for row in hidden]
+    return np.stack([row / math.sqrt(sum(v * v for v in row)) for row in rows])
+
+
 @few
-@given(seeds, dimensions, st.integers(1, 3), st.integers(1, 5), st.integers(2, 6))
-def test_projector(seed, dims, n, channels, dim):
-    "Its norm is taken in float32, so that only that much agrees."
-    projector = wide_weights(Projector(channels, dim), seed).float()
-    x = normal(seed + 5, n, channels, *[2] * dims).float()
-    W1, b1, W2, b2 = (array(p) for p in projector.layers.parameters())
-    rows = [linear(W2, b2, relu(linear(W1, b1, [sum(c.ravel()) / c.size for c in image]))) for image in array(x)]
-    near(projector(x), [row / math.sqrt(sum(v * v for v in row)) for row in rows], 1e-4)
+@given(seeds, dimensions, st.integers(3, 4), st.integers(1, 4), st.integers(2, 4), st.booleans())
+def test_projector(seed, dims, n, channels, dim, norm):
+    "Its norm is taken in float32, so that only that much agrees; the gradients are those of the slow reading."
+    projector = wide_weights(Projector(channels, dim, norm), seed).float()
+    x, direction = normal(seed + 15, n, channels, *[2] * dims).float().requires_grad_(), normal(seed + 16, n, dim)
+    read = [array(p).copy() for p in projector.layers.parameters()] + [array(x).copy()]
+    oracle = lambda: projected(read[:-1], read[-1])
+    g = projector(x)
+    near(g, oracle(), 1e-4)
+    inputs = [*projector.layers.parameters(), x]
+    for ours, theirs in zip(torch.autograd.grad((g * direction).sum(), inputs), read, strict=True):
+        near(ours, slope(lambda _: (oracle() * array(direction)).sum(), theirs), 1e-3)
 
 
 def info_nce(q, k, queue, tau, positive_in_denominator):

@@ -4,12 +4,14 @@ and the authors' code, or `robust`.
 Each test takes one recipe, gives it the other's value of one setting, and compares both with a slow reading of that point,
 mostly in plain NumPy."""
 import math
-from functools import partial
+from dataclasses import asdict
+from functools import cache, partial
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastcore.basics import AttrDict
 from scipy import stats
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pcrl.crops import CropPairs, box_iou, crop_loaders, random_pair
 from pcrl.model import PCRL
@@ -20,22 +22,68 @@ from pcrl.transforms import distinct_transforms
 TESTS = {}
 
 
-def row(item, *settings):
-    "Register a test for settings of a row of the table."
+def row(item, *settings, dims=None):
+    "Register a test for settings of a row of the table; with `dims` one for each of them, which the test is told."
     def register(test):
-        TESTS.update({(item, setting): test for setting in settings})
+        test = cache(test)                                                        # of two settings: run once
+        for setting in settings: TESTS.update({(item, setting, d): partial(test, d) for d in dims} if dims else {(item, setting, None): test})
         return test
     return register
 
 
-DIFFERENT = {row for other in ("official", "robust") for row, differs in recipe_table("literal", other).differs.items() if differs}
+# --- values, written out by hand ------------------------------------------------------------------------------------------
+
+SIZES = (1, 1, 1), (1.5, 1.5, 1.5), (3, 1.5, 1.5), (.5, .5, .5), (2, 1.75, 1.75)                # of 32 x 64 x 64 voxels
+LITERAL = dict(
+    transatt="outer", transatt_rank=None, skips=True, projection=128, projector_norm=False, sigmoid_output=True, decode_together=True,
+    reconstructed=("o", "m", "h"), reconstruction_mean=False, target="clean", turn_clean=True, transforms="all", hybrid_transform=True,
+    mixup_pass=False, alpha=1., lam_per_sample=True, lam_larger_share=False, lam_apart=False,
+    contrast="softmax", contrasted="attended", tau=.2, positive_in_denominator=False, nce_n=None,
+    queue_size=16384, queue_keys=("o", "m", "h"), queue_noise=False, beta=.99, ema_statistics=True, shuffle_keys=False,
+    contrast_weight=.5, reconstruction_weight=.5, rotation_weight=0.,
+    lr=1e-3, momentum=.9, weight_decay=0., warmup=0., cosine="step", epochs=None, patience=30, keep="best", bs=None,
+    crop=(32, 64, 64), crop_scales=SIZES, min_iou=.25, pairs_per_image=1, air=None, max_air=.15, margin=0, spacing=None, window=None,
+    input_channels=None, imagenet=False,
+    p_flip=0., degrees=0., stretch=0., p_grey=0., jitter=0., p_blur=.5, blur_sigma=(.1, 2.), p_shuffle=0., p_paint=.9, p_inpaint=.2,
+    holes=0, hole_side=32)
+LITERAL_2D = dict(crop=(224, 224), crop_scales=(.2, 1.), min_iou=0.)
+PAPER = dict(transatt="centred", projector_norm=True, transforms="distinct", p_paint=.5, p_inpaint=.9)
+ROBUST = PAPER | dict(
+    transatt="open", skips=False, turn_clean=False, contrasted="deepest", queue_size=512, beta=.9, lr=.1, warmup=.03, patience=None, keep="last")
+OFFICIAL = dict(
+    transatt="fc", decode_together=False, reconstructed=("o", "h"), reconstruction_mean=True, target="corrupt", turn_clean=False,
+    hybrid_transform=False, mixup_pass=True, lam_per_sample=False, lam_larger_share=True, lam_apart=True,
+    contrast="nce", contrasted="deepest", queue_keys=("m", "m2", "mix"), queue_noise=True, beta=.999, ema_statistics=False, shuffle_keys=True,
+    contrast_weight=1., reconstruction_weight=1., weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
+    p_flip=.5, degrees=10.)
+DEPARTURES = {
+    ("literal", 2): {}, ("literal", 3): {},
+    ("paper", 2): PAPER | dict(crop_scales=(.5, 1.)), ("paper", 3): PAPER | dict(crop_scales=(1.5, 2.)),
+    ("robust", 2): ROBUST | dict(crop_scales=(.5, 1.), contrast_weight=.3, reconstruction_weight=1., bs=32),
+    ("robust", 3): ROBUST | dict(crop_scales=(1.5, 2.), contrast_weight=.03, reconstruction_weight=3., bs=16),
+    ("official", 2): OFFICIAL | dict(sigmoid_output=False, bs=64, input_channels=3, imagenet=True, p_grey=.2, jitter=.4, p_paint=0., holes=3),
+    ("official", 3): OFFICIAL | dict(bs=16, pairs_per_image=16, air=.425, margin=(15, 70, 70), spacing=(1., 1., 1.), window=(-1000., 1000.),
+                                     stretch=.1, p_blur=1., blur_sigma=(0., 2.), p_shuffle=.5)}
 
 
-@pytest.mark.parametrize("item, setting", [*sorted(DIFFERENT), ("projector", "projection")])
-def test_setting(item, setting): TESTS[item, setting]()
+def changed_settings(recipe): return set(DEPARTURES[recipe, 2]) | set(DEPARTURES[recipe, 3])
 
 
-def test_every_item_of_the_table_is_tested(): assert {item for item, _ in TESTS} == set(ITEMS)
+@pytest.mark.parametrize("recipe, dims", DEPARTURES)
+def test_values(recipe, dims):
+    here = LITERAL | (LITERAL_2D if dims == 2 else {}) | DEPARTURES[recipe, dims]
+    assert asdict(RECIPES[recipe][dims]) == here | dict(name=recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_table_of_differences(recipe):
+    "The table names the settings above, and each has a test of what it does."
+    differs = recipe_table("literal", recipe).differs
+    assert {setting for (_, setting), word in differs.items() if word} == changed_settings(recipe)
+    assert changed_settings(recipe) <= {setting for _, setting, _ in TESTS}
+
+
+def test_every_item_of_the_table_is_tested(): assert {item for item, *_ in TESTS} == set(ITEMS)
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------------
@@ -85,7 +133,7 @@ def mixed(a, b, lam): return np.stack([l * x + (1 - l) * y for l, x, y in zip(ar
 def embedding(projector, features):
     "Pooling, FC, ReLU, FC, and then length 1."
     w1, b1, w2, b2 = map(array, projector.parameters())
-    long = np.maximum(features.mean(tuple(range(2, features.ndim))) @ w1.T + b1, 0) @ w2.T + b2
+    long = np.maximum(pooled(features) @ w1.T + b1, 0) @ w2.T + b2
     return long / np.linalg.norm(long, axis=1, keepdims=True), long
 
 
@@ -95,13 +143,13 @@ def count(module, calls):
     return calls
 
 
-def learner(recipe, setting=None, **more):
+def learner(recipe, setting=None, dims=3, **more):
     "A learner on noise, as the recipe is or with the other's value of one setting."
-    theirs = get_recipe({"literal": "official", "official": "literal"}[recipe], 3)
-    settings = {setting: getattr(theirs, setting)} if setting else {}
-    images = list(np.random.default_rng(0).integers(0, 256, (4, 1, 16, 16, 16), dtype=np.uint8))
-    dls = crop_loaders(images[:3], images[3:], size=16, bs=2, pairs_per_image=2, device="cpu", scales=(1.,))
-    return pretrain_learner(dls, 3, recipe=recipe, width=4, **dict(projection=8, queue_size=8) | settings | more)
+    theirs = get_recipe({"literal": "official", "official": "literal"}[recipe], dims)
+    settings, size = {setting: getattr(theirs, setting)} if setting else {}, crops(dims).shape[3:]
+    images = list(np.random.default_rng(0).integers(0, 256, (4, 1, *size), dtype=np.uint8))
+    dls = crop_loaders(images[:3], images[3:], size=size, bs=2, pairs_per_image=2, device="cpu", scales=(1.,) * (4 - dims))
+    return pretrain_learner(dls, dims, recipe=recipe, width=4, **dict(projection=8, queue_size=8, hole_side=8) | settings | more)
 
 
 def fit(learn, epochs, *cbs):
@@ -111,35 +159,42 @@ def fit(learn, epochs, *cbs):
 
 # --- network and outputs --------------------------------------------------------------------------------------------------
 
+def pooled(features): return features.mean(tuple(range(2, features.ndim)))
+
+
+def each_channel(features, gates): return features * gates.reshape(*gates.shape, *[1] * (features.ndim - 2))
+
+
 def read_outer(transatt, features, vec):
     "Eqs. 1-4 with the outer product built."
     w1, b1, w2, b2 = map(array, transatt.embed.parameters())
-    f_p, f_l = np.maximum(vec @ w1.T + b1, 0) @ w2.T + b2, features.mean((2, 3, 4))
+    f_p, f_l = np.maximum(vec @ w1.T + b1, 0) @ w2.T + b2, pooled(features)
     f_q = np.einsum("kij,bi,bj->bk", array(transatt.outer.weight), f_p, f_l)
-    weighed = features / (1 + np.exp(-np.maximum(f_q, 0)))[:, :, None, None, None]
-    return array(F.conv3d(torch.tensor(weighed), transatt.conv.weight.double(), transatt.conv.bias.double(), padding=1))
+    weighed = each_channel(features, 1 / (1 + np.exp(-np.maximum(f_q, 0))))
+    conv = {4: F.conv2d, 5: F.conv3d}[features.ndim]
+    return array(conv(torch.tensor(weighed), transatt.conv.weight.double(), transatt.conv.bias.double(), padding=1))
 
 
 def read_fc(transatt, features, vec):
     w1, b1, w2, b2 = map(array, transatt.embed.parameters())
-    assert w1.shape == (256, 7)
-    return features / (1 + np.exp(-(np.maximum(vec @ w1.T + b1, 0) @ w2.T + b2)))[:, :, None, None, None]
+    assert w1.shape == (256, {4: 6, 5: 7}[features.ndim])
+    return each_channel(features, 1 / (1 + np.exp(-(np.maximum(vec @ w1.T + b1, 0) @ w2.T + b2))))
 
 
-@row("TransAtt", "transatt")
-def transatt():
+@row("TransAtt", "transatt", dims=(2, 3))
+def transatt(dims):
     for recipe, readers in (("literal", (read_outer, read_fc)), ("official", (read_fc, read_outer))):
-        for m, read in zip(both(recipe, "transatt"), readers):
+        for m, read in zip(both(recipe, "transatt", dims), readers):
             v = views(m)
             pyramid, m_pyramid = m.encode(v.corrupt_o, v.corrupt_m)
             told = m.attend(pyramid, m_pyramid, v)["o"]
             close(array(told[-1]), read(m.ordinary.transatt, array(pyramid[-1]), array(v.vec_o)))
 
 
-@row("what is contrasted", "contrasted")
-def contrasted():
+@row("what is contrasted", "contrasted", dims=(2, 3))
+def contrasted(dims):
     for recipe, after_transatt in (("literal", (True, False)), ("official", (False, True))):
-        for m, after in zip(both(recipe, "contrasted"), after_transatt):
+        for m, after in zip(both(recipe, "contrasted", dims), after_transatt):
             v = views(m)
             pyramid, m_pyramid = m.encode(v.corrupt_o, v.corrupt_m)
             told, out = m.attend(pyramid, m_pyramid, v), m(v)
@@ -150,9 +205,9 @@ def contrasted():
             assert differ(m(v).g_o, out.g_o) == after
 
 
-@row("encoder passes", "mixup_pass")
-def encoder_passes():
-    for m, passes in ((model("literal"), 1), (model("literal", mixup_pass=True), 2), (model("official"), 2)):
+@row("encoder passes", "mixup_pass", dims=(2, 3))
+def encoder_passes(dims):
+    for m, passes in ((model("literal", dims), 1), (model("literal", dims, mixup_pass=True), 2), (model("official", dims), 2)):
         o, k, told, v = count(m.ordinary.encoder, []), count(m.momentum.encoder, []), count(m.ordinary.transatt, []), views(m)
         out = m(v)
         assert len(o) == len(k) == passes
@@ -162,18 +217,18 @@ def encoder_passes():
         for seen, plain in ((o[1], v.corrupt_o), (k[1] if "order" not in v else k[1][v.order.argsort()], v.corrupt_m)):
             close(array(seen), mixed(array(plain), array(plain)[v.partner.numpy()], v.lam_in))
         assert sorted(v.partner.tolist()) == [0, 1, 2, 3]
-    once = model("official", mixup_pass=False, queue_keys=("m",))
+    once = model("official", dims, mixup_pass=False, queue_keys=("m",))
     o = count(once.ordinary.encoder, [])
     once(views(once))
     assert len(o) == 1
 
 
-@row("reconstruction terms", "reconstructed", "reconstruction_mean")
-def reconstruction_terms():
+@row("reconstruction terms", "reconstructed", "reconstruction_mean", dims=(2, 3))
+def reconstruction_terms(dims):
     for recipe, mine, other, mean in (("literal", "omh", "oh", False), ("official", "oh", "omh", True)):
         for setting, paths, means in (("reconstructed", (mine, other), (mean, mean)),
                                       ("reconstruction_mean", (mine, mine), (mean, not mean))):
-            for m, terms, averaged in zip(both(recipe, setting), paths, means):
+            for m, terms, averaged in zip(both(recipe, setting, dims), paths, means):
                 v = views(m)
                 out, names = m(v), [*terms, *(f"{p}2" for p in terms if recipe == "official")]
                 losses = m.loss(out, v)
@@ -184,16 +239,16 @@ def reconstruction_terms():
                 close(array(losses.reconstruction), np.mean(errors) if averaged else np.sum(errors))
 
 
-@row("reconstruction terms", "decode_together")
-def decoder_calls():
+@row("reconstruction terms", "decode_together", dims=(2, 3))
+def decoder_calls(dims):
     for recipe, calls in (("literal", (1, 3)), ("official", (4, 1))):
-        for m, n in zip(both(recipe, "decode_together"), calls):
+        for m, n in zip(both(recipe, "decode_together", dims), calls):
             seen, v = count(m.decoder, []), views(m)
             images = m(v).reconstructions
             assert len(seen) == n
             assert [len(pyramid[-1]) for pyramid in seen] == [len(images) // n] * n
-            apart = torch.cat([m.decoder(pyramid) for pyramid in list(seen)]).sigmoid()      # BatchNorm: of each call's own batch
-            close(array(images), array(apart))
+            apart = torch.cat([m.decoder(pyramid) for pyramid in list(seen)])                # BatchNorm: of each call's own batch
+            close(array(images), array(apart.sigmoid() if m.recipe.sigmoid_output else apart))
 
 
 @row("reconstruction terms", "sigmoid_output")
@@ -209,31 +264,31 @@ def sigmoid_output():
 
 # --- targets --------------------------------------------------------------------------------------------------------------
 
-@row("target", "target")
-def target():
+@row("target", "target", dims=(2, 3))
+def target(dims):
     for recipe, shown in (("literal", ("clean", "corrupt")), ("official", ("corrupt", "clean"))):
-        for m, word in zip(both(recipe, "target"), shown):
+        for m, word in zip(both(recipe, "target", dims), shown):
             v = views(m)
             close(array(v.targets[:4]), turned(v[f"{word}_o"], v.vec_o))
             if m.recipe.mixup_pass:                                               # mixed clean crops, not transformed, in either case
                 close(array(v.targets[8:12]), mixed(array(v.clean_o), array(v.clean_o)[v.partner.numpy()], v.lam_in))
 
 
-@row("target", "turn_clean")
-def turn_clean():
-    x = crops()
+@row("target", "turn_clean", dims=(2, 3))
+def turn_clean(dims):
+    x = crops(dims)
     for recipe, turns in (("literal", (True, False)), ("official", (False, True))):
-        for m, turn in zip(both(recipe, "turn_clean"), turns):
+        for m, turn in zip(both(recipe, "turn_clean", dims, imagenet=False, input_channels=None), turns):
             v = views(m, x=x)
             for clean, crop in ((v.clean_o, x[:, 0]), (v.clean_m, x[:, 1])):
                 assert differ(clean, crop) == turn
                 assert torch.equal(clean.flatten(1).sort(1).values, crop.flatten(1).sort(1).values)
 
 
-@row("hybrid target", "hybrid_transform")
-def hybrid_target():
+@row("hybrid target", "hybrid_transform", dims=(2, 3))
+def hybrid_target(dims):
     for recipe, own_transform in (("literal", (True, False)), ("official", (False, True))):
-        for m, own in zip(both(recipe, "hybrid_transform"), own_transform):
+        for m, own in zip(both(recipe, "hybrid_transform", dims), own_transform):
             v, at = views(m), m.recipe.reconstructed.index("h")
             o, k = (v.clean_o, v.clean_m) if recipe == "literal" else (v.corrupt_o, v.corrupt_m)
             if own: right = turned(torch.tensor(mixed(array(o), array(k), v.lam)), v.vec_h)
@@ -274,10 +329,10 @@ def read_contrast(m, out, Z=None):
     return np.mean(losses), Z
 
 
-@row("contrast", "contrast")
-def contrast():
+@row("contrast", "contrast", dims=(2, 3))
+def contrast(dims):
     for recipe in ("literal", "official"):
-        mine, other = both(recipe, "contrast", queue_noise=True)
+        mine, other = both(recipe, "contrast", dims, queue_noise=True)
         assert mine.recipe.contrast == {"literal": "softmax", "official": "nce"}[recipe] != other.recipe.contrast
         for m in (mine, other):
             Z = None
@@ -288,7 +343,7 @@ def contrast():
                 right, Z = read_contrast(m, out, Z)
                 close(array(m.loss(out, v).contrast), right, 1e-4)
                 m.finish_step(out)
-    for setting in ("tau", "positive_in_denominator"): assert getattr(mine.recipe, setting) == getattr(model("literal").recipe, setting)
+    for setting in ("tau", "positive_in_denominator"): assert getattr(mine.recipe, setting) == getattr(model("literal", dims).recipe, setting)
 
 
 def test_noise_is_scaled_by_the_batches_of_an_epoch():
@@ -301,10 +356,10 @@ def test_noise_is_scaled_by_the_batches_of_an_epoch():
     assert (m.contrast(out) - model("official").contrast(out)).abs() > 1           # only so large a number is to be seen
 
 
-@row("queue", "queue_keys")
-def queue_keys():
+@row("queue", "queue_keys", dims=(2, 3))
+def queue_keys(dims):
     for recipe, keys in (("literal", ("omh", "m")), ("official", (("m", "m2", "mix"), "omh"))):
-        for m, wanted in zip((model(recipe), model(recipe, queue_keys=tuple(keys[1]))), keys):
+        for m, wanted in zip((model(recipe, dims), model(recipe, dims, queue_keys=tuple(keys[1]))), keys):
             v = views(m)
             out = m(v)
             m.finish_step(out)
@@ -313,14 +368,14 @@ def queue_keys():
             assert recipe == "official" or len(m.queue.keys) == n
     _, long = embedding(m.momentum.projector, array(m.encode(v.corrupt_o, v.corrupt_m, v.order)[1][-1]))
     blend = mixed(long, long[v.partner.numpy()], v.lam_in)
-    m = model("official")
+    m = model("official", dims)
     close(array(m(v).g_mix), blend / np.linalg.norm(blend, axis=1, keepdims=True), 1e-4)
 
 
-@row("queue", "queue_noise")
-def queue_noise():
+@row("queue", "queue_noise", dims=(2, 3))
+def queue_noise(dims):
     for recipe, noise in (("literal", (False, True)), ("official", (True, False))):
-        for m, full in zip(both(recipe, "queue_noise", queue_size=4096), noise):
+        for m, full in zip(both(recipe, "queue_noise", dims, queue_size=4096), noise):
             assert len(m.queue.keys) == (4096 if full else 0)
             if full: assert stats.kstest(m.queue.keys.flatten().numpy(), stats.uniform(-(3 / 8) ** .5, 2 * (3 / 8) ** .5).cdf).pvalue > .01
             if recipe == "literal": assert (m.contrast(m(views(m))) > 0) == full      # nothing to contrast with in an empty queue
@@ -330,10 +385,10 @@ def test_queue_of_both_recipes_has_the_authors_size():
     assert [get_recipe(recipe, dims).queue_size for recipe in ("literal", "official") for dims in (2, 3)] == [16384] * 4
 
 
-@row("beta", "beta")
-def beta():
+@row("beta", "beta", dims=(2, 3))
+def beta(dims):
     for recipe, betas in (("literal", (.99, .999)), ("official", (.999, .99))):
-        for m, b in zip(both(recipe, "beta"), betas):
+        for m, b in zip(both(recipe, "beta", dims), betas):
             v = views(m)
             out = m(v)
             with torch.no_grad(): m.ordinary.projector.layers[0].weight.add_(1.)
@@ -342,30 +397,31 @@ def beta():
             close(array(m.momentum.projector.layers[0].weight), b * before + (1 - b) * o, 1e-6)
 
 
-@row("beta", "ema_statistics")
-def key_statistics():
+@row("beta", "ema_statistics", dims=(2, 3))
+def key_statistics(dims):
+    mean_of = lambda x: pooled(x).mean(0)
     for recipe, follows in (("literal", (True, False)), ("official", (False, True))):
-        for m, ema in zip(both(recipe, "ema_statistics"), follows):
-            first = m.momentum.encoder.levels[0][0]
-            raw, inputs = [], count(first[1], [])
+        for m, ema in zip(both(recipe, "ema_statistics", dims), follows):
+            first, of_ordinary = (next(x for x in b.encoder.modules() if isinstance(x, _BatchNorm)) for b in (m.momentum, m.ordinary))
+            inputs = count(first, [])
             v, b = views(m), m.recipe.beta
             out = m(v)
-            raw = [array(x).mean((0, 2, 3, 4)) for x in inputs]
+            raw = [mean_of(array(x)) for x in inputs]
             own = np.zeros(len(raw[0]))
             for mean in raw: own = .9 * own + .1 * mean                           # BatchNorm's own running mean, after each pass
-            seen = array(first[1].running_mean)
+            seen = array(first.running_mean)
             close(seen, 0 * own if ema else own)
             m.finish_step(out)
-            o = array(m.ordinary.encoder.levels[0][0][1].running_mean)
-            close(array(first[1].running_mean), b * seen + (1 - b) * o if ema else own)
-            normalised = array(first[1](inputs[0]))                               # train mode: the batch's own mean and deviation
-            close(normalised.mean((0, 2, 3, 4)), 0 * own, 1e-4)
+            o = array(of_ordinary.running_mean)
+            close(array(first.running_mean), b * seen + (1 - b) * o if ema else own)
+            normalised = array(first(inputs[0]))                               # train mode: the batch's own mean and deviation
+            close(mean_of(normalised), 0 * own, 1e-4)
 
 
-@row("beta", "shuffle_keys")
-def shuffled_keys():
+@row("beta", "shuffle_keys", dims=(2, 3))
+def shuffled_keys(dims):
     for recipe, shuffles in (("literal", (False, True)), ("official", (True, False))):
-        for m, shuffle in zip(both(recipe, "shuffle_keys"), shuffles):
+        for m, shuffle in zip(both(recipe, "shuffle_keys", dims), shuffles):
             seen, v = count(m.momentum.encoder, []), views(m, seed=4)
             m(v)
             assert ("order" in v) == shuffle
@@ -376,26 +432,25 @@ def shuffled_keys():
             for a, b in zip(m.encode(v.corrupt_o, v.corrupt_m, v.order)[1], plain): close(array(a), array(b), 1e-4)
 
 
-@row("lam", "lam_per_sample")
-def lam_per_sample():
+@row("lam", "lam_per_sample", dims=(2, 3))
+def lam_per_sample(dims):
     for recipe, each in (("literal", (True, False)), ("official", (False, True))):
-        for m, own in zip(both(recipe, "lam_per_sample"), each):
+        for m, own in zip(both(recipe, "lam_per_sample", dims), each):
             v = views(m)
             for lam in (v[k] for k in ("lam", "lam_in", "lam2") if k in v): assert len(lam.unique()) == (4 if own else 1)
 
 
-@row("lam", "lam_larger_share")
-def lam_larger_share():
+@row("lam", "lam_larger_share", dims=(2, 3))
+def lam_larger_share(dims):
     for recipe, larger in (("literal", (False, True)), ("official", (True, False))):
-        for m, high in zip(both(recipe, "lam_larger_share", dims=2), larger):
-            tiny = m.recipe.input_channels and 3 or 1
-            lam = np.array([views(m, s, torch.rand(1, 2, tiny, 8, 8)).lam.item() for s in range(400)])
+        for m, high in zip(both(recipe, "lam_larger_share", dims), larger):
+            lam = np.array([views(m, s, torch.rand(1, 2, 1, *[8] * dims)).lam.item() for s in range(200)])
             assert stats.kstest(lam, stats.uniform(.5, .5).cdf if high else stats.uniform(0, 1).cdf).pvalue > .01
 
 
-@row("lam", "lam_apart")
-def lam_apart():
-    apart, one = both("official", "lam_apart")
+@row("lam", "lam_apart", dims=(2, 3))
+def lam_apart(dims):
+    apart, one = both("official", "lam_apart", dims)
     v, w = views(apart), views(one)
     assert len({v.lam[0].item(), v.lam2[0].item(), v.lam_in[0].item()}) == 3
     assert torch.equal(w.lam, w.lam2) and torch.equal(w.lam, w.lam_in)
@@ -403,16 +458,16 @@ def lam_apart():
     for lam2 in (0., 1.): out.append(apart(AttrDict(v, lam2=torch.full((4,), lam2))).reconstructions)      # the second features' lam
     first, second = (x.split(8) for x in out)
     close(array(first[0]), array(second[0])); assert differ(first[1], second[1])
-    assert "lam2" not in views(model("literal", lam_apart=True))                      # the paper has one lam in any case
+    assert "lam2" not in views(model("literal", dims, lam_apart=True))                      # the paper has one lam in any case
 
 
 # --- training -------------------------------------------------------------------------------------------------------------
 
-@row("weights", "contrast_weight", "reconstruction_weight")
-def weights():
+@row("weights", "contrast_weight", "reconstruction_weight", dims=(2, 3))
+def weights(dims):
     for recipe, mine, other in (("literal", .5, 1.), ("official", 1., .5)):
         for setting, (c, r) in (("contrast_weight", (other, mine)), ("reconstruction_weight", (mine, other))):
-            for m, (wc, wr) in zip(both(recipe, setting, queue_noise=True), ((mine, mine), (c, r))):
+            for m, (wc, wr) in zip(both(recipe, setting, dims, queue_noise=True), ((mine, mine), (c, r))):
                 v = views(m)
                 losses = m.loss(m(v), v)
                 close(array(losses.loss), wc * array(losses.contrast) + wr * array(losses.reconstruction))
@@ -424,11 +479,11 @@ class Rates(Callback):
     def after_step(self): self.seen.append(self.opt.hypers[-1]["lr"])
 
 
-@row("schedule", "weight_decay")
-def weight_decay():
+@row("schedule", "weight_decay", dims=(2, 3))
+def weight_decay(dims):
     for recipe, decays in (("literal", (0., 1e-4)), ("official", (1e-4, 0.))):
         for setting, wd in zip((None, "weight_decay"), decays):
-            learn = learner(recipe, setting)
+            learn = learner(recipe, setting, dims)
             learn.create_opt()
             group = learn.opt.opt.param_groups[0]
             assert (group["weight_decay"], group["lr"], group["momentum"], type(learn.opt.opt)) == (wd, 1e-3, .9, torch.optim.SGD)
@@ -439,19 +494,19 @@ def weight_decay():
             close(array(unused), 1 - 1e-3 * wd, 1e-9)                              # no gradient, and still it shrinks
 
 
-@row("schedule", "cosine")
-def cosine():
+@row("schedule", "cosine", dims=(2, 3))
+def cosine(dims):
     by_step = [.5e-3 * (1 + math.cos(math.pi * i / 12)) for i in range(12)]
     by_epoch = [.5e-3 * (1 + math.cos(math.pi * (i // 3) / 4)) for i in range(12)]
     for recipe, rates in (("literal", (by_step, by_epoch)), ("official", (by_epoch, by_step))):
         for setting, right in zip((None, "cosine"), rates):
             seen = Rates()
-            fit(learner(recipe, setting), 4, seen)
+            fit(learner(recipe, setting, dims), 4, seen)
             close(seen.seen, right, 1e-8)
 
 
-@row("schedule", "patience", "keep")
-def what_ends_it_and_what_is_kept():
+@row("schedule", "patience", "keep", dims=(2, 3))
+def what_ends_it_and_what_is_kept(dims):
     class Worse(Callback):
         "Makes every epoch but the second worse than the one before it."
         order = 25
@@ -460,15 +515,15 @@ def what_ends_it_and_what_is_kept():
     class Weights(Callback):
         order = 35
         def __init__(self): self.after = []
-        def after_validate(self): self.after.append(self.model.encoder.levels[0][0][0].weight.detach().clone())
+        def after_validate(self): self.after.append(next(self.model.encoder.parameters()).detach().clone())
 
     def run(recipe, setting=None, **more):
         after = Weights()
-        learn = fit(learner(recipe, setting, **more), 5, Worse(), after)
-        kept = learn.keep_best.weights["encoder"]["levels.0.0.0.weight"]
+        learn = fit(learner(recipe, setting, dims, **more), 5, Worse(), after)
+        kept = next(iter(learn.keep_best.weights["encoder"].values()))
         return len(after.after), [i for i, w in enumerate(after.after) if torch.equal(w, kept)]
 
-    assert (get_recipe("literal", 3).patience, get_recipe("official", 3).patience) == (30, None)
+    assert (get_recipe("literal", dims).patience, get_recipe("official", dims).patience) == (30, None)
     assert run("literal", patience=2) == (4, [1])                  # two epochs after the best it ends, and that one is kept
     assert run("literal", "patience") == (5, [1])
     assert run("literal", "keep", patience=2)[1][-1] == run("literal", "keep", patience=2)[0] - 1
@@ -480,12 +535,12 @@ def what_ends_it_and_what_is_kept():
 def epochs(): assert [(RECIPES["literal"][d].epochs, RECIPES["official"][d].epochs) for d in (2, 3)] == [(None, 240)] * 2
 
 
-@row("projector", "projection")
-def projector():
+@row("projector", "projection", dims=(2, 3))
+def projector(dims):
     for recipe in ("literal", "official"):
-        assert get_recipe(recipe, 3).projection == 128
+        assert get_recipe(recipe, dims).projection == 128
         for dim in (128, 8):
-            m = model(recipe, projection=dim)
+            m = model(recipe, dims, projection=dim)
             kinds = [type(layer) for layer in m.ordinary.projector.layers]
             assert kinds == [torch.nn.Linear, torch.nn.ReLU, torch.nn.Linear]
             assert [tuple(p.shape) for p in m.ordinary.projector.parameters()] == [(dim, 32), (dim,), (dim, dim), (dim,)]
@@ -871,3 +926,9 @@ def inpaints():
         less_than_half = [float(((h > 0) & (h < .5)).float().sum() / (h > 0).float().sum()) for h in hidden]
         assert less_than_half[0] < .5 < less_than_half[1]                        # an inpainted crop is mostly seen, an outpainted mostly hidden
     assert [get_recipe(r, d).p_inpaint for r in ("literal", "robust") for d in (2, 3)] == [.2, .2, .9, .9]
+
+
+# --- each row, once all are registered ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("item, setting, dims", TESTS)
+def test_setting(item, setting, dims): TESTS[item, setting, dims]()
