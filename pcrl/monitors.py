@@ -22,6 +22,8 @@ class Scale:
     width: int  # C, of the pooled features
     keys: int = 0  # N, in the queue; 0 for a method without one
     beta: float = 0.0  # eq. 9: share of the momentum encoder's weights that stays at a step
+    contrast: str = "softmax"  # the recipe's: eq. 7, or "nce"
+    positive_in_denominator: bool = False  # of eq. 7
 
     @property
     def age(self) -> float:
@@ -69,11 +71,11 @@ def stuck_loss(
     figures: dict[str, float],  # of an epoch
     scale: Scale,
 ) -> str | None:  # the cause in words, None if all is well
-    "Whether the contrastive loss, eq. 7, is within 1 % of log N."
-    if scale.keys < 2: return None
-    chance = math.log(scale.keys)
+    "Whether the contrastive loss, eq. 7, is within 1 % of that of equal cosines; binary NCE has none that is known."
+    if scale.contrast != "softmax" or scale.keys < 2: return None
+    chance, word = math.log(scale.keys + scale.positive_in_denominator), "log(N + 1)" if scale.positive_in_denominator else "log N"
     if abs(figures.get("contrast", math.nan) - chance) < 0.01 * chance:
-        return f"the contrast learns nothing: its loss is {figures['contrast']:.2f}, and log N of {scale.keys} keys is {chance:.2f}"
+        return f"the contrast learns nothing: its loss is {figures['contrast']:.2f}, and {word} of {scale.keys} keys is {chance:.2f}"
 
 # %% ../nbs/09c_monitors.ipynb #85a0d41f
 CAUSES = {"rank": low_rank, "gap": no_gap, "loss": stuck_loss, "queue": stale_queue}
@@ -116,7 +118,8 @@ class CollapseMonitor(Callback):
 def run_scale(
     learn,  # a fastai Learner, its model with an `encoder`, and perhaps a `queue` and a `recipe`
 ) -> Scale:
-    "Batch, width and number of keys of a training."
+    "Batch, width, number of keys and the contrast of a training."
     queue, recipe = (getattr(learn.model, name, None) for name in ("queue", "recipe"))
     keys = 0 if queue is None else len(queue.keys)
-    return Scale(learn.dls.train.bs, learn.model.encoder.channels[-1], keys, getattr(recipe, "beta", 0.0))
+    of_recipe = {name: getattr(recipe, name) for name in ("beta", "contrast", "positive_in_denominator") if hasattr(recipe, name)}
+    return Scale(learn.dls.train.bs, learn.model.encoder.channels[-1], keys, **of_recipe)
