@@ -215,7 +215,7 @@ def projected(weights, images):
 
 
 @few
-@given(seeds, dimensions, st.integers(3, 4), st.integers(1, 4), st.integers(2, 4), st.booleans())
+@given(seeds, dimensions, st.integers(3, 4), st.integers(1, 4), st.integers(2, 4), st.sampled_from([None, "batch"]))
 def test_projector(seed, dims, n, channels, dim, norm):
     "Its norm is taken in float32, so that only that much agrees; the gradients are those of the slow reading."
     projector = wide_weights(Projector(channels, dim, norm), seed).float()
