@@ -36,17 +36,12 @@ class Tested:
     settings: dict = field(default_factory=dict)  # how the run was made
 
 
-def _with_mean(columns: np.ndarray) -> np.ndarray:
-    "(N, labels) to (N, 1 + labels): the mean over those that are not nan, first."
-    return np.c_[pd.DataFrame(columns).mean(axis=1), columns]
-
-
 def _of_labels(run: Path) -> Tested:
     "The test of a classification."
     p = read_predictions(run)
     auc = auc_per_label(p.labels, p.probabilities)
     draw = lambda draws: with_mean(resampled(p.labels, p.probabilities, p.cases.patient, draws=draws), auc)
-    return Tested("AUC", ["mean", *p.classes], p.cases, p.labels, p.probabilities, _with_mean(auc[None])[0], draw)
+    return Tested("AUC", ["mean", *p.classes], p.cases, p.labels, p.probabilities, with_mean(auc[None], auc)[0], draw)
 
 
 def _of_masks(run: Path) -> Tested:
@@ -54,7 +49,8 @@ def _of_masks(run: Path) -> Tested:
     table = pd.read_csv(run / "cases.csv", **NAMES)
     wide = table.pivot(index=["case", "patient"], columns="class", values=["dice", "truth_voxels"])
     names, cases = list(dict.fromkeys(table["class"])), wide.index.to_frame(index=False)
-    dice = _with_mean(wide["dice"][names].to_numpy(float))
+    of_class = wide["dice"][names].astype(float)
+    dice = np.c_[of_class.mean(axis=1), of_class]  # of each case first the mean over the classes that it has
     known = ~np.isnan(dice)
     def draw(draws):
         with np.errstate(invalid="ignore"): drawn = [w @ np.where(known, dice, 0) / (w @ known) for w in patient_draws(cases.patient, draws)]

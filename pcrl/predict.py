@@ -67,17 +67,17 @@ def load_finetuned(
     Raises FileNotFoundError if there is none, ValueError for a run that cannot predict, or repeats that differ."""
     members = _members(Path(run))
     configs = [read_config(member) for member in members]
+    how = configs[0].get("preparation")
     for member, config in zip(members, configs):
         if config.get("task") not in ("segment", "classify"): raise ValueError(f"{member} is a pretraining: finetune it first, only then it has something to predict")
         if not config.get("preparation"):
             raise ValueError(f"{member} does not say how its images were prepared: it was finetuned on arrays, not on files; "
                              f"show arrays to load_model({str(member)!r}) in Python, or finetune on a folder of images")
         alike = all(config.get(k) == configs[0].get(k) for k in ("task", "dims", "classes", "labels", "exclusive"))
-        if not alike or joint_preparation([configs[0]["preparation"], config["preparation"]]) is None:
+        if not alike or (how := joint_preparation([how, config["preparation"]])) is None:
             raise ValueError(f"{member} and {members[0]} were finetuned on different data: they predict nothing together")
     models = [load_model(member).to(default_device()).eval() for member in members]
     weights = b"".join(p.read_bytes() for member in members for p in sorted(member.glob("*.safetensors")))
-    how = joint_preparation([config["preparation"] for config in configs])
     return Finetuned(f"{Path(run).resolve().name}-{hashlib.sha256(weights).hexdigest()[:8]}", configs[0] | dict(preparation=how), models)
 
 # %% ../nbs/13d_predict.ipynb #4a3b1b4b
