@@ -46,7 +46,11 @@ class FiniteGuard(Callback):
 
     In a `RunFolder`'s folder the batch is kept under `failed/`: its tensors, and a JSON file that says which batch it was.
     What a forward pass alone changes, the running statistics of BatchNorm, has seen the batch."""
-    order = 15
+    order = 15  # its `before_step` sees gradients that a scaler has scaled back
+    def __init__(self,
+        longest: float | None = None,  # gradients whose norm is larger are shortened to it; None: none are
+    ): self.longest = longest
+
     @property
     def scaled(self) -> bool:
         "Whether a `GradScaler` looks after the gradients."
@@ -57,7 +61,14 @@ class FiniteGuard(Callback):
         if self.scaled or not self.training: self._check({"the loss": self.loss})
 
     def after_backward(self):
-        if not self.scaled: self._check({"the loss": self.loss, "the gradients' norm": gradient_norm(self.model)})
+        if self.scaled: return
+        self.norm = gradient_norm(self.model)
+        self._check({"the loss": self.loss, "the gradients' norm": self.norm})
+
+    def before_step(self):
+        if self.longest is None: return
+        norm = gradient_norm(self.model) if self.scaled else self.norm
+        if norm > self.longest: nn.utils.clip_grads_with_norm_(self.model.parameters(), self.longest, norm)
 
     def after_cancel_step(self):
         if self.scaled and (scale := self.learn.scaler.get_scale()) < 1: self._stop(f"the gradients are not finite, even at a loss scale of {scale:g},")

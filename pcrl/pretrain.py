@@ -144,7 +144,7 @@ def pretrain_learner(
     _check_crops(dls, dims, model.divisor)
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[dims - 2])
     figures = EpochFigures()
-    cbs = [MethodStep(seed), FiniteGuard(), GrowthGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
+    cbs = [MethodStep(seed), FiniteGuard(recipe.clip), GrowthGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
     if torch.device(dls.device).type == "cpu": keep_freed_memory()
     if run is not None:
         cbs += [Forecast(run), RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),

@@ -62,6 +62,7 @@ class _Training:
     lr: float = 1e-3  # SGD's learning rate
     momentum: float = 0.9  # SGD's momentum
     weight_decay: float = 0.0  # SGD's weight decay
+    clip: float | None = None  # length to which the gradients, taken as one vector, are cut where they are longer (ours); None: they are not
     warmup: float = 0.0  # share of the run over which the learning rate first rises from 0 (ours)
     cosine: str = "step"  # the learning rate falls at each step; "epoch": once an epoch
     epochs: int | None = None  # None: not stated
@@ -139,7 +140,7 @@ _OFFICIAL = dict(
     beta=0.999, ema_statistics=False, shuffle_keys=True,
     contrast_weight=1.0, reconstruction_weight=1.0, weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
     p_flip=0.5, degrees=10.0)
-_LEFT_OPEN = {dims: dict(projector_norm=True, transforms="distinct", p_paint=0.5, p_inpaint=0.9, **crops)
+_LEFT_OPEN = {dims: dict(projector_norm=True, transforms="distinct", clip=20.0, p_paint=0.5, p_inpaint=0.9, **crops)
               for dims, crops in {2: _CROPS_2D | dict(crop_scales=(0.5, 1.0)), 3: dict(crop_scales=(1.5, 2.0))}.items()}
 _ROBUST = dict(
     name="robust", transatt="open", skips=False, turn_clean=False, contrasted="deepest", beta=0.9, queue_size=512,
@@ -196,7 +197,7 @@ ITEMS: dict[str, tuple[str, ...]] = {
     "beta": ("beta", "ema_statistics", "shuffle_keys"),
     "lam": ("alpha", "lam_per_sample", "lam_larger_share", "lam_apart"),
     "weights": ("contrast_weight", "reconstruction_weight", "rotation_weight"),
-    "schedule": ("lr", "momentum", "weight_decay", "warmup", "cosine", "epochs", "patience", "keep"),
+    "schedule": ("lr", "momentum", "weight_decay", "clip", "warmup", "cosine", "epochs", "patience", "keep"),
     "projector": ("projection", "projector_norm"),
     "batch": ("bs",),
     "input": tuple(f.name for f in fields(_Input)),

@@ -155,6 +155,28 @@ def test_a_thousand_steps_stay_finite(dims, kind, dtype):
     train(dims, SMALLEST[dims] if dtype == torch.float32 else SOUND_IN_BF16[dims], 1000, [kind], dtype)
 
 
+def learn_from(dims, kind, recipe, steps):
+    "A pretraining as users run it, at batch 2, on such images alone; FiniteGuard ends it at the first loss or gradient that is not finite."
+    same = [crops[0].numpy() for crops in extreme(kind, SMALLEST[dims])]
+    dls = crop_loaders(same, same, SMALLEST[dims], bs=2, pairs_per_image=steps, scales=(1.,) * (4 - dims), min_iou=0., device="cpu")
+    learn = pretrain_learner(dls, dims, recipe=recipe, width=4, projection=16, queue_size=12)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.train_iter == steps
+    for name, v in learn.model.state_dict().items(): assert v.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("kind", ["air", "one", "voxel"])
+def test_robust_learns_from_empty_images(dims, kind): learn_from(dims, kind, "robust", 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("kind", ["air", "one", "voxel"])
+@pytest.mark.parametrize("recipe", ["paper", "robust"])
+def test_a_thousand_steps_of_a_pretraining_stay_finite(dims, kind, recipe): learn_from(dims, kind, recipe, 1000)
+
+
 @gpu
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("kind", ["noise", "air", "one", "voxel"])

@@ -41,13 +41,13 @@ LITERAL = dict(
     contrast="softmax", contrasted="attended", tau=.2, positive_in_denominator=False, nce_n=None,
     queue_size=16384, queue_keys=("o", "m", "h"), queue_noise=False, beta=.99, ema_statistics=True, shuffle_keys=False,
     contrast_weight=.5, reconstruction_weight=.5, rotation_weight=0.,
-    lr=1e-3, momentum=.9, weight_decay=0., warmup=0., cosine="step", epochs=None, patience=30, keep="best", bs=None,
+    lr=1e-3, momentum=.9, weight_decay=0., clip=None, warmup=0., cosine="step", epochs=None, patience=30, keep="best", bs=None,
     crop=(32, 64, 64), crop_scales=SIZES, min_iou=.25, pairs_per_image=1, air=None, max_air=.15, margin=0, spacing=None, window=None,
     input_channels=None, imagenet=False,
     p_flip=0., degrees=0., stretch=0., p_grey=0., jitter=0., p_blur=.5, blur_sigma=(.1, 2.), p_shuffle=0., p_paint=.9, p_inpaint=.2,
     holes=0, hole_side=32)
 LITERAL_2D = dict(crop=(224, 224), crop_scales=(.2, 1.), min_iou=0.)
-PAPER = dict(transatt="centred", projector_norm=True, transforms="distinct", p_paint=.5, p_inpaint=.9)
+PAPER = dict(transatt="centred", projector_norm=True, transforms="distinct", clip=20., p_paint=.5, p_inpaint=.9)
 ROBUST = PAPER | dict(
     transatt="open", skips=False, turn_clean=False, contrasted="deepest", queue_size=512, beta=.9, lr=.1, warmup=.03, patience=None, keep="last")
 OFFICIAL = dict(
@@ -917,6 +917,22 @@ def rate():
         fit(learner("literal", **settings), 4, seen)
         close(seen.seen, [rate(i, top, warmup) for i in range(12)], 1e-8)
     assert [(get_recipe("robust", d).lr, get_recipe("robust", d).warmup) for d in (2, 3)] == [(.1, .03)] * 2
+
+
+@row("schedule", "clip")
+def cut_gradients():
+    class First(Callback):
+        "The gradients with which the first step is made."
+        order = 60
+        def before_step(self): self.seen = getattr(self, "seen", array(torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])))
+
+    def first(**settings):
+        fit(learner("literal", **settings), 1, seen := First())
+        return seen.seen
+
+    whole = first()
+    for clip, right in ((None, whole), (.01, whole * .01 / np.linalg.norm(whole)), (1e3, whole)): close(first(clip=clip), right, 1e-8)
+    assert .01 < np.linalg.norm(whole) < 1e3
 
 
 @row("corruption", "p_inpaint")
