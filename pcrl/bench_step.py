@@ -186,6 +186,21 @@ def _supervised(model: PCRL, images: Tensor):
     model.zero_grad()
 
 
+def _supervised_step(
+    dims: int, width: int, shape: tuple[int, ...], bs: int, device: torch.device,
+) -> Callable:
+    "A whole training step of a supervised U-Net."
+    layout = (torch.channels_last, torch.channels_last_3d)[dims - 2]
+    net, images = UNet(dims, width=width).to(device, memory_format=layout), torch.rand(bs, 1, *shape, device=device).to(memory_format=layout)
+    opt = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+
+    def step():
+        opt.zero_grad()
+        net(images).mean().backward()
+        opt.step()
+    return step
+
+
 def flops_suite(
     repeats: int,  # timings of each
     device: torch.device,
@@ -206,6 +221,10 @@ def flops_suite(
         for name, passes in dict(paper=_floor, authors=_authors_passes).items():
             figures = time_in_turn(lambda: passes(model, images), lambda: _supervised(model, images), repeats, device)
             yield _row(f"time_{dims}d_{name}_passes_over_supervised", figures, "lower", device, f"{_said(**size)}, bare passes, {repeats} repeats")
+        for recipe in RECIPES:
+            model, opt, crops, _ = _prepare(**size, device=device, recipe=recipe)
+            figures = time_in_turn(lambda: _step(model, crops, opt), _supervised_step(**size, device=device), repeats, device)
+            yield _row(f"time_{dims}d_{recipe}_step_over_supervised", figures, "lower", device, f"{_said(**size)}, whole steps, {repeats} repeats")
 
 # %% ../nbs/17b_bench_step.ipynb #db342f89
 def _contrast_part(model: PCRL, g_o: Tensor, g_m: Tensor, keys: Tensor):
