@@ -323,12 +323,13 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="OUT folders of `pcrl finetune`, tested on the same cases; the first is what the others are measured against.")],
 ):
     """Set finetunings beside each other: means, spreads, and tests over patients and over seeds."""
-    from pcrl.compare import claim, compare_arms, describe_arms, differing_settings, find_arms
-    arms = find_arms(runs)
+    import pandas as pd
+    from pcrl.compare import claim, compare_arms, describe_arms, differing_settings, every_figure
+    arms, *_ = figures = every_figure(runs)
     if len(arms) < 2: raise ValueError(f"there is nothing to compare: {', '.join(map(str, runs))} names one arm (seed0, seed1, ... of a folder are its repeats): name another finetuning too")
-    typer.echo(describe_arms(arms).round(3).to_string(index=False, na_rep=""))
-    differences = compare_arms(arms)
-    typer.echo("\n" + differences.dropna(axis=1, how="all").round(3).to_string(index=False, na_rep="") + "\n")
+    for of_figure in figures: typer.echo(describe_arms(of_figure).round(3).to_string(index=False, na_rep="") + "\n")
+    differences = pd.concat([compare_arms(of_figure) for of_figure in figures])
+    typer.echo(differences.dropna(axis=1, how="all").round(3).to_string(index=False, na_rep="") + "\n")
     for _, row in differences[differences.label == "mean"].iterrows(): typer.echo(claim(row, next(iter(arms))))
     if remark := differing_settings(arms): typer.echo(remark)
 
