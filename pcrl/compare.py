@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/compare.html.md"""
 
 # %% auto #0
 __all__ = ['FIGURES_OF_MASKS', 'Tested', 'read_test', 'find_arms', 'every_figure', 'describe_arms', 'compare_arms',
-           'differing_settings', 'shown', 'claim']
+           'differing_settings', 'shown', 'without', 'claim']
 
 # %% ../nbs/18e_compare.ipynb #5bd4660a
 import json, re
@@ -20,8 +20,8 @@ from .finetune import read_predictions
 from .masks import FIGURES, NAMES
 from .report import paired_interval
 from .runs import read_config
-from .statistics import (FEWEST, TOO_FEW, auc_per_label, delong_test, enough_patients, interval, paired_bootstrap, patient_draws, resampled,
-                             with_mean)
+from .statistics import (FEWEST, TOO_FEW, auc_per_label, delong_test, enough_of_both, enough_patients, interval, paired_bootstrap, patient_draws,
+                             resampled, with_mean)
 
 # %% ../nbs/18e_compare.ipynb #d6529f75
 FIGURES_OF_MASKS = dict(zip(FIGURES, ("Dice", "surface Dice", "HD95")))  # columns of cases.csv to what they are called
@@ -37,15 +37,18 @@ class Tested:
     scores: np.ndarray  # (N, labels) probabilities; or (N, 1 + classes) the figure of each case, the mean first
     values: np.ndarray  # of the figures, (1 + labels,)
     draw: Callable[[int], np.ndarray]  # from a number of draws to the figures on each, (draws, 1 + labels); nan for those that too few patients carry
+    left_out: str = ""  # labels that the mean is without, for too few patients have or lack them
     settings: dict = field(default_factory=dict)  # how the run was made
 
 
 def _of_labels(run: Path) -> Tested:
     "The test of a classification."
     p = read_predictions(run)
-    auc = auc_per_label(p.labels, p.probabilities)
-    draw = lambda draws: with_mean(resampled(p.labels, p.probabilities, p.cases.patient, draws=draws), auc)
-    return Tested("AUC", ["mean", *p.classes], p.cases, p.labels, p.probabilities, with_mean(auc[None], auc)[0], draw)
+    auc, enough = auc_per_label(p.labels, p.probabilities), enough_of_both(p.labels, p.cases.patient)
+    averaged = np.where(enough, auc, np.nan) if enough.any() else auc
+    left_out = ", ".join(name for name, kept, value in zip(p.classes, averaged, auc) if np.isnan(kept) and not np.isnan(value))
+    draw = lambda draws: with_mean(resampled(p.labels, p.probabilities, p.cases.patient, draws=draws), averaged)
+    return Tested("AUC", ["mean", *p.classes], p.cases, p.labels, p.probabilities, with_mean(auc[None], averaged)[0], draw, left_out)
 
 
 def _of_masks(run: Path, figure: str) -> Tested:
@@ -170,7 +173,7 @@ def _classic_p(arm: dict[str, Tested], base: dict[str, Tested], column: int) -> 
 def compare_arms(
     arms: dict[str, dict[str, Tested]],  # from `find_arms`; the first is what the others are measured against
     draws: int = 2000,
-) -> pd.DataFrame:  # columns arm, label, metric, difference, repeats, patients_low, _high, _p, delong_p or wilcoxon_p, pairs (same seeds), seeds_low, _high, _p
+) -> pd.DataFrame:  # columns arm, label, metric, difference, repeats, patients_low, _high, _p, delong_p or wilcoxon_p, pairs (same seeds), seeds_low, _high, _p, left_out (of the mean)
     "Differences with tests over patients and over seeds."
     base, *others = arms.values()
     base_drawn, base_values, rows = _drawn(base, draws), _values(base), []
@@ -178,7 +181,7 @@ def compare_arms(
         drawn, values, one = paired_bootstrap(_drawn(arm, draws), base_drawn), _values(arm), next(iter(arm.values()))
         for k, label in enumerate(one.names):
             rows.append(dict(arm=name, label=label, metric=one.metric, difference=values[k].mean() - base_values[k].mean(), repeats=min(len(arm), len(base)),
-                             **{f"patients_{part}": v[k] for part, v in drawn.items()}, **_classic_p(arm, base, k), **_over_seeds(values, base_values, k)))
+                             **{f"patients_{part}": v[k] for part, v in drawn.items()}, **_classic_p(arm, base, k), **_over_seeds(values, base_values, k), left_out=one.left_out if not k and one.left_out else np.nan))
     return pd.DataFrame(rows)
 
 # %% ../nbs/18e_compare.ipynb #6c2f9a02
@@ -201,6 +204,13 @@ def shown(
     return -larger if row.metric == "HD95" else larger  # a distance
 
 
+def without(
+    row: pd.Series,  # of `compare_arms`, label "mean"
+) -> str:  # the end of a phrase, or nothing
+    "Which labels the mean leaves out."
+    return f" without {row.left_out}, which fewer than {FEWEST} test patients have or lack" if isinstance(row.left_out, str) else ""
+
+
 def claim(
     row: pd.Series,  # of `compare_arms`, label "mean"
     base: str,  # name of the first arm
@@ -208,7 +218,7 @@ def claim(
     "What the difference in the mean figure allows to say."
     over = lambda kind: f"over {kind} {row[f'{kind}_low']:+.3f} to {row[f'{kind}_high']:+.3f} (p = {row[f'{kind}_p']:.3f}"
     if np.isnan(row.difference): return f"{row.arm} against {base}: nothing is claimed, for the test cases give no {row.metric}."
-    said = f"{row.arm} minus {base}: {row.difference:+.3f} {row.metric}"
+    said = f"{row.arm} minus {base}: {row.difference:+.3f} {row.metric}{without(row)}"
     if few := np.isnan(row.patients_low): said += ", with too few test patients for an interval"
     else: said += f", 95 % interval {over('patients')})"
     if row.repeats < 2: return f"{said}. Nothing is claimed from one run: finetune each arm with --repeats 3 or more."

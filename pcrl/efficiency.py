@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .cases import Cases
-from .compare import compare_arms, find_arms, shown
+from .compare import compare_arms, find_arms, shown, without
 from .finetune import finetune
 from .repeats import check_options, facts, finetune_repeats, markdown_table, origin
 from .runs import read_config, write_whole
@@ -59,7 +59,7 @@ def efficiency_curve(
         for name, repeats in zip(("base", "arm"), found.values()):
             row |= zip((name, f"{name}_low", f"{name}_high"), _mean_over_seeds([tested.values[0] for tested in repeats.values()]))
         compared = compare_arms(found).iloc[0]  # the mean over labels or classes comes first
-        kept = [k for k in compared.index if k in ("metric", "repeats", "difference") or k.startswith(("patients_", "seeds_"))]
+        kept = [k for k in compared.index if k in ("metric", "repeats", "difference", "left_out") or k.startswith(("patients_", "seeds_"))]
         rows.append(row | compared[kept].to_dict())
     return pd.DataFrame(rows)
 
@@ -164,7 +164,7 @@ def efficiency_report(
     table = pd.DataFrame([{"labelled": row.labelled, base: row.base, f"95 % of {base}": between(row, "base"), arm: row.arm, f"95 % of {arm}": between(row, "arm"),
                            "difference": row.difference, "over seeds": between(row, "seeds"), "over patients": between(row, "patients")} for _, row in curve.iterrows()])
     return "\n\n".join([f"# {cases.name}: labels that {arm} saves", "Research use only; not for diagnosis.", f"**{savings_sentence(curve, arm, base)}**",
-                        "![](efficiency.png)", f"{curve.metric.iloc[0]} of the test cases, mean over seeds:", markdown_table(table), RULE,
+                        "![](efficiency.png)", f"{curve.metric.iloc[0]} of the test cases{without(curve.iloc[0])}, mean over seeds:", markdown_table(table), RULE,
                         markdown_table(pd.DataFrame(how.items(), columns=["what", "value"]))]) + "\n"
 
 # %% ../nbs/18f_efficiency.ipynb #079090e0

@@ -108,7 +108,7 @@ def test_finetune_to_masks_from_a_run_and_from_scratch(run, slices, tmp_path):
     a, b = (json.loads((tmp_path / arm / "config.json").read_text()) for arm in ("scratch", "pcrl"))
     assert [k for k in a if a[k] != b[k]] == ["init"]
     told = CliRunner().invoke(app, ["compare", str(tmp_path / "scratch"), str(tmp_path / "pcrl")]).stdout
-    assert "Dice" in told and "wilcoxon_p" not in told and "too few test patients for an interval. Nothing is claimed from one run" in told
+    assert all(name in told for name in (" Dice ", " surface Dice ", " HD95 ")) and "wilcoxon_p" not in told and "too few test patients for an interval. Nothing is claimed from one run" in told
 
 
 @pytest.fixture(scope="module")
