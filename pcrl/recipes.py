@@ -140,11 +140,11 @@ _OFFICIAL = dict(
     beta=0.999, ema_statistics=False, shuffle_keys=True,
     contrast_weight=1.0, reconstruction_weight=1.0, weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
     p_flip=0.5, degrees=10.0)
-_LEFT_OPEN = {dims: dict(projector_norm=True, transforms="distinct", clip=20.0, p_paint=0.5, p_inpaint=0.9, **crops)
+_LEFT_OPEN = {dims: dict(projector_norm=True, transforms="distinct", p_paint=0.5, p_inpaint=0.9, **crops)
               for dims, crops in {2: _CROPS_2D | dict(crop_scales=(0.5, 1.0)), 3: dict(crop_scales=(1.5, 2.0))}.items()}
 _ROBUST = dict(
     name="robust", transatt="open", skips=False, turn_clean=False, contrasted="deepest", beta=0.9, queue_size=512,
-    lr=0.1, warmup=0.03, patience=None, keep="last")
+    lr=0.1, clip=20.0, warmup=0.03, patience=None, keep="last")
 RECIPES = {
     "literal": {2: Recipe(**_CROPS_2D), 3: Recipe()},
     "paper": {dims: Recipe(name="paper", transatt="centred", **left_open) for dims, left_open in _LEFT_OPEN.items()},

@@ -47,9 +47,9 @@ LITERAL = dict(
     p_flip=0., degrees=0., stretch=0., p_grey=0., jitter=0., p_blur=.5, blur_sigma=(.1, 2.), p_shuffle=0., p_paint=.9, p_inpaint=.2,
     holes=0, hole_side=32)
 LITERAL_2D = dict(crop=(224, 224), crop_scales=(.2, 1.), min_iou=0.)
-PAPER = dict(transatt="centred", projector_norm=True, transforms="distinct", clip=20., p_paint=.5, p_inpaint=.9)
+PAPER = dict(transatt="centred", projector_norm=True, transforms="distinct", p_paint=.5, p_inpaint=.9)
 ROBUST = PAPER | dict(
-    transatt="open", skips=False, turn_clean=False, contrasted="deepest", queue_size=512, beta=.9, lr=.1, warmup=.03, patience=None, keep="last")
+    transatt="open", skips=False, turn_clean=False, contrasted="deepest", queue_size=512, beta=.9, lr=.1, clip=20., warmup=.03, patience=None, keep="last")
 OFFICIAL = dict(
     transatt="fc", decode_together=False, reconstructed=("o", "h"), reconstruction_mean=True, target="corrupt", turn_clean=False,
     hybrid_transform=False, mixup_pass=True, lam_per_sample=False, lam_larger_share=True, lam_apart=True,
