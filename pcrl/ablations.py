@@ -212,9 +212,10 @@ def _ratio(cases: Cases, labelled: int) -> float: return round(labelled / cases.
 def _tune_arm(results, trial, cases, method, recipe, seed, first, init, draws):
     "Finetune and test an arm with a seed, with all draws and numbers of labels; learning rate and schedule are those of the `first` seed. `init` gives a seed's run."
     key, middle = dict(data=cases.name, method=method, recipe=recipe), trial.labelled[len(trial.labelled) // 2]
+    arm = cache(partial(finetune_arm, cases, trial))  # the way that is chosen has been tested
     def choose():
         ways = [*product(trial.lrs, trial.schedules)]
-        tried = [finetune_arm(cases, trial, middle, init(first), first, 0, *way) for way in ways]
+        tried = [arm(middle, init(first), first, 0, *way) for way in ways]
         best = int(np.argmax([valid.get("valid_auc", -valid["valid_loss"]) for _, valid, _ in tried]))
         lr, schedule = ways[best]
         return dict(lr=lr, schedule=SCHEDULES.index(schedule), **tried[best][1]), sum(seconds for *_, seconds in tried)
@@ -222,7 +223,7 @@ def _tune_arm(results, trial, cases, method, recipe, seed, first, init, draws):
     way = chosen["lr"], SCHEDULES[int(chosen.get("schedule", 0))]  # rows of before there was a choice have none
     for labelled in trial.labelled:
         for draw in draws if labelled < cases.split.count("train") else draws[:1]:  # all cases are one draw
-            tune = lambda: finetune_arm(cases, trial, labelled, init(seed), seed, draw, *way)[::2]
+            tune = lambda: arm(labelled, init(seed), seed, draw, *way)[::2]
             results.add(tune, split=str(draw), ratio=_ratio(cases, labelled), seed=seed, **key)
 
 

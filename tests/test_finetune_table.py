@@ -18,15 +18,17 @@ def test_the_table_goes_on_where_it_was(tmp_path, capsys):
     brain = brain.take([i for i, s in enumerate(brain.split) if s == "train"][:12] + [i for i, s in enumerate(brain.split) if s != "train"][::32])
     toy = Trial(lambda kit: brain, (32, 32), 4, 16, 1, 1, (2,), 2, 8, (1e-3, 3e-3), (32, 32), 16, ("full",))
     cells, results = [toy, replace(toy, labelled=(12,), tune_crops=24)], Results(tmp_path / "finetune.csv")
-    assert [finetunings_left(results, brain, t, [0, 1], [0]) for t in cells] == [2 * (2 + 2), 2 * (2 + 2)]
+    assert [finetunings_left(results, brain, t, [0, 1], [0]) for t in cells] == [2 * (1 + 2), 2 * (1 + 2)]
     make(results, brain, cells[:1], tmp_path / "runs", [0, 1], [0])
     told = capsys.readouterr().out
-    assert "brain: " in told and "with 2 labelled 8 finetunings" in told
+    assert "brain: " in told and "with 2 labelled 6 finetunings" in told
     table = Results(results.path).table
+    chosen, tested = (table[(table.split == split) & (table.seed == 0) & (table.method == "pcrl")] for split in ("valid", "0"))
+    assert chosen.seconds.iloc[0] > tested.seconds.iloc[0]                                # of both ways, and of the chosen one among them
     assert table.columns.tolist() == COLUMNS and set(table.method) == {"scratch", "pcrl"} and set(table.split) == {"valid", "0"}
-    assert [finetunings_left(results, brain, t, [0, 1], [0]) for t in cells] == [0, 8]
+    assert [finetunings_left(results, brain, t, [0, 1], [0]) for t in cells] == [0, 6]
     make(Results(results.path), brain, cells, tmp_path / "runs", [0, 1], [0])
     told = capsys.readouterr().out
-    assert "pretraining 0 min; with 12 labelled 8 finetunings" in told and "with 2 labelled" not in told
+    assert "pretraining 0 min; with 12 labelled 6 finetunings" in told and "with 2 labelled" not in told
     after = Results(results.path).table
     assert after[:len(table)].equals(table) and len(after[after.metric == "dice"]) == 4 + 4
