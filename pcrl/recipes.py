@@ -147,7 +147,7 @@ _ROBUST = dict(
     lr=0.1, clip=20.0, warmup=0.03, patience=None, keep="last")
 RECIPES = {
     "literal": {2: Recipe(**_CROPS_2D), 3: Recipe()},
-    "paper": {dims: Recipe(name="paper", transatt="centred", **left_open) for dims, left_open in _LEFT_OPEN.items()},
+    "paper": {dims: Recipe(name="paper", transatt="centred", clip=100.0, **left_open) for dims, left_open in _LEFT_OPEN.items()},
     "robust": {2: Recipe(**_ROBUST, **_LEFT_OPEN[2], contrast_weight=0.3, reconstruction_weight=1.0, bs=32),
                3: Recipe(**_ROBUST, **_LEFT_OPEN[3], contrast_weight=0.03, reconstruction_weight=3.0, bs=16)},
     "official": {

@@ -47,7 +47,7 @@ LITERAL = dict(
     p_flip=0., degrees=0., stretch=0., p_grey=0., jitter=0., p_blur=.5, blur_sigma=(.1, 2.), p_shuffle=0., p_paint=.9, p_inpaint=.2,
     holes=0, hole_side=32)
 LITERAL_2D = dict(crop=(224, 224), crop_scales=(.2, 1.), min_iou=0.)
-PAPER = dict(transatt="centred", projector_norm=True, transforms="distinct", p_paint=.5, p_inpaint=.9)
+PAPER = dict(transatt="centred", projector_norm=True, transforms="distinct", clip=100., p_paint=.5, p_inpaint=.9)
 ROBUST = PAPER | dict(
     transatt="open", skips=False, turn_clean=False, contrasted="deepest", queue_size=512, beta=.9, lr=.1, clip=20., warmup=.03, patience=None, keep="last")
 OFFICIAL = dict(
