@@ -58,13 +58,13 @@ def ablations_figure(
     "A panel for each set: every method's mean and standard deviation over seeds and draws, by the share of labelled cases."
     from matplotlib.figure import Figure
     part = table[table.metric.isin(["auc", "dice"]) & table.recipe.isin([recipe, "none"])]
-    sets = part.data.unique()
+    sets, methods = part.data.unique(), part.method.unique()
     fig = Figure(figsize=(4.5 * max(len(sets), 1), 3.6), dpi=80, layout="constrained")
     for ax, data in zip(np.atleast_1d(fig.subplots(1, max(len(sets), 1))), sets):
         rows = part[part.data == data]
-        for i, (method, of) in enumerate(rows.groupby("method", sort=False)):
-            spread = of.groupby("ratio").value.agg(["mean", "std"]).fillna(0)
-            ax.errorbar(spread.index * 1.02 ** i, spread["mean"], spread["std"], marker="o", ms=4, lw=1, capsize=2, label=method)
+        for i, method in enumerate(methods):  # of one colour in all panels
+            spread = rows[rows.method == method].groupby("ratio").value.agg(["mean", "std"]).fillna(0)
+            ax.errorbar(spread.index * 1.02 ** i, spread["mean"], spread["std"], marker="o", ms=4, lw=1, capsize=2, color=f"C{i}", label=method)
         ax.set(xscale="log", title=data, xlabel="share of the train cases with labels", ylabel=rows.metric.iloc[0]); ax.grid(lw=0.3)
         ax.set_xticks(ratios := sorted(rows.ratio.unique()), [_share(r) for r in ratios]); ax.minorticks_off()
     fig.axes[0].legend(fontsize=7) if len(sets) else None
