@@ -180,25 +180,11 @@ def _authors_passes(model: PCRL, images: Tensor):
     model.zero_grad()
 
 
-def _supervised(model: PCRL, images: Tensor):
-    "The bare passes of a supervised step."
+def _supervised(model: PCRL, images: Tensor, opt: torch.optim.Optimizer | None = None):
+    "The bare passes of a supervised step; with an optimiser, the whole step."
     model.decoder(model.ordinary.encoder(images)).mean().backward()
+    if opt is not None: opt.step()
     model.zero_grad()
-
-
-def _supervised_step(
-    dims: int, width: int, shape: tuple[int, ...], bs: int, device: torch.device,
-) -> Callable:
-    "A whole training step of a supervised U-Net."
-    layout = (torch.channels_last, torch.channels_last_3d)[dims - 2]
-    net, images = UNet(dims, width=width).to(device, memory_format=layout), torch.rand(bs, 1, *shape, device=device).to(memory_format=layout)
-    opt = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-
-    def step():
-        opt.zero_grad()
-        net(images).mean().backward()
-        opt.step()
-    return step
 
 
 def flops_suite(
@@ -217,13 +203,13 @@ def flops_suite(
             yield row(f"flops_{dims}d_{recipe}_over_supervised", step["encoder"] + step["decoder"], unit["supervised"])
         authors = sum(n * unit[part] for part, n in AUTHORS.items())
         yield row(f"flops_{dims}d_authors_over_supervised", authors, unit["supervised"])
-        model, _, _, images = _prepare(**size, device=device)
+        nets, nets_opt, _, images = _prepare(**size, device=device)
         for name, passes in dict(paper=_floor, authors=_authors_passes).items():
-            figures = time_in_turn(lambda: passes(model, images), lambda: _supervised(model, images), repeats, device)
+            figures = time_in_turn(lambda: passes(nets, images), lambda: _supervised(nets, images), repeats, device)
             yield _row(f"time_{dims}d_{name}_passes_over_supervised", figures, "lower", device, f"{_said(**size)}, bare passes, {repeats} repeats")
         for recipe in RECIPES:
             model, opt, crops, _ = _prepare(**size, device=device, recipe=recipe)
-            figures = time_in_turn(lambda: _step(model, crops, opt), _supervised_step(**size, device=device), repeats, device)
+            figures = time_in_turn(lambda: _step(model, crops, opt), lambda: _supervised(nets, images, nets_opt), repeats, device)
             yield _row(f"time_{dims}d_{recipe}_step_over_supervised", figures, "lower", device, f"{_said(**size)}, whole steps, {repeats} repeats")
 
 # %% ../nbs/17b_bench_step.ipynb #db342f89

@@ -21,7 +21,7 @@ from .masks import FIGURES, NAMES
 from .report import paired_interval
 from .runs import read_config
 from .statistics import (FEWEST, TOO_FEW, auc_per_label, delong_test, enough_of_both, enough_patients, interval, paired_bootstrap, patient_draws,
-                             resampled, with_mean)
+                             resampled, wilcoxon_p, with_mean)
 
 # %% ../nbs/18e_compare.ipynb #d6529f75
 FIGURES_OF_MASKS = dict(zip(FIGURES, ("Dice", "surface Dice", "HD95")))  # columns of cases.csv to what they are called
@@ -159,15 +159,12 @@ def _over_seeds(a: pd.DataFrame, b: pd.DataFrame, column: int) -> dict[str, floa
 
 def _classic_p(arm: dict[str, Tested], base: dict[str, Tested], column: int) -> dict[str, float]:
     "DeLong's or Wilcoxon's p; nan where it does not apply."
-    from scipy.stats import wilcoxon
     one, two = next(iter(arm.values())), next(iter(base.values()))
     if one.metric == "AUC":
         if not column or len(arm) + len(base) > 2 or one.cases.patient[~np.isnan(one.truth[:, column - 1])].duplicated().any(): return dict(delong_p=np.nan)
         return dict(delong_p=delong_test(one.truth[:, column - 1], one.scores[:, column - 1], two.scores[:, column - 1])["p"])
     mean = lambda of: np.mean([tested.scores[:, column] for tested in of.values()], 0)
-    difference = pd.Series(mean(arm) - mean(base)).groupby(one.cases.patient.values).mean().dropna()
-    if len(difference) < FEWEST: return dict(wilcoxon_p=np.nan)
-    return dict(wilcoxon_p=wilcoxon(difference).pvalue if difference.any() else 1.0)
+    return dict(wilcoxon_p=wilcoxon_p(mean(arm) - mean(base), one.cases.patient))
 
 
 def compare_arms(
@@ -181,7 +178,8 @@ def compare_arms(
         drawn, values, one = paired_bootstrap(_drawn(arm, draws), base_drawn), _values(arm), next(iter(arm.values()))
         for k, label in enumerate(one.names):
             rows.append(dict(arm=name, label=label, metric=one.metric, difference=values[k].mean() - base_values[k].mean(), repeats=min(len(arm), len(base)),
-                             **{f"patients_{part}": v[k] for part, v in drawn.items()}, **_classic_p(arm, base, k), **_over_seeds(values, base_values, k), left_out=one.left_out if not k and one.left_out else np.nan))
+                             **{f"patients_{part}": v[k] for part, v in drawn.items()}, **_classic_p(arm, base, k), **_over_seeds(values, base_values, k),
+                             left_out=one.left_out if not k and one.left_out else np.nan))
     return pd.DataFrame(rows)
 
 # %% ../nbs/18e_compare.ipynb #6c2f9a02

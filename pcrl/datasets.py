@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 import numpy as np
 from .cases import Cases
+from .intensities import centre3d
 from .sources import read_table
 from .volumes import percentile_window, read_volume, resize2d, to_uint8
 
@@ -78,8 +79,7 @@ def nih_cases(
 # %% ../nbs/02_datasets.ipynb #91300643
 def _pad_to(array, edge):
     "Zeros around the array until no axis is shorter than `edge`."
-    missing = np.maximum(edge - np.array(array.shape), 0)
-    return np.pad(array, [(n // 2, n - n // 2) for n in missing])
+    return centre3d(array, np.maximum(array.shape, edge))
 
 def hippocampus_cases(
     root,  # folder hippocampus: `splits.csv`, `imagesTr/`, `labelsTr/`

@@ -58,7 +58,7 @@ def centre3d(
     shape: tuple,  # (D, H, W) that comes out, in voxels
 ) -> np.ndarray:  # ([C,] D, H, W)
     "Cut or pad the middle of a volume to a shape."
-    have = array.shape[-3:]
-    cut = tuple(slice(max(0, (n - want) // 2), max(0, (n - want) // 2) + want) for n, want in zip(have, shape))
-    pad = [((want - n) // 2, want - n - (want - n) // 2) if want > n else (0, 0) for n, want in zip(have, shape)]
+    missing = np.subtract(shape, array.shape[-3:])
+    cut = tuple(slice(n // 2, n // 2 + want) for n, want in zip(np.maximum(-missing, 0), shape))
+    pad = [(n // 2, n - n // 2) for n in np.maximum(missing, 0)]
     return np.pad(array[..., *cut], [(0, 0)] * (array.ndim - 3) + pad)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 
-from .statistics import FEWEST
+from .statistics import FEWEST, wilcoxon_p
 
 # %% ../nbs/12e_masks.ipynb #82a57aaa
 def _measure_class(
@@ -111,15 +111,13 @@ def compare_masks(
     """A paired test of each figure between two runs, by SciPy.
 
     Raises FileNotFoundError for a run without `cases.csv`, ValueError for runs with different test cases."""
-    from scipy.stats import wilcoxon
     tables = [_read_cases(run) for run in (a, b)]
     if not tables[0].index.equals(tables[1].index): raise ValueError(f"{a} and {b} were tested on different cases: compare runs of one split")
     rows = []
     for figure in FIGURES:
         first, second = (table.groupby(["patient", "case"])[figure].mean().groupby("patient").mean().dropna() for table in tables)
         difference = second - first
-        p = np.nan if len(difference) < FEWEST else wilcoxon(difference).pvalue if difference.any() else 1.0
-        rows.append((figure, len(difference), first.mean(), second.mean(), difference.mean(), p))
+        rows.append((figure, len(difference), first.mean(), second.mean(), difference.mean(), wilcoxon_p(difference, difference.index)))
     return pd.DataFrame(rows, columns=["metric", "patients", "a", "b", "difference", "p"])
 
 

@@ -7,7 +7,7 @@ Docs: https://pcrl-team.github.io/pcrl/statistics.html.md"""
 # %% auto #0
 __all__ = ['FEWEST', 'TOO_FEW', 'label_columns', 'auc_per_label', 'patient_draws', 'enough_patients', 'enough_of_both',
            'weighted_auc', 'weighted_sensitivity', 'resampled', 'with_mean', 'interval', 'reliability',
-           'expected_calibration_error', 'reliability_figure', 'label_figures', 'delong', 'delong_test',
+           'expected_calibration_error', 'reliability_figure', 'label_figures', 'delong', 'delong_test', 'wilcoxon_p',
            'paired_bootstrap']
 
 # %% ../nbs/12a_statistics.ipynb #d34836c1
@@ -237,6 +237,17 @@ def delong_test(
     z = difference / spread if spread != 0 else 0.0
     reach = norm.ppf(0.975) * spread
     return dict(difference=difference, low=difference - reach, high=difference + reach, z=z, p=2 * norm.sf(abs(z)))
+
+# %% ../nbs/12a_statistics.ipynb #c11b0062
+def wilcoxon_p(
+    differences: np.ndarray,  # (N,), one per case; nan does not count
+    patients: Sequence,  # one id per case
+) -> float:  # nan for fewer than `FEWEST` patients; 1 where nothing differs
+    "Do two runs differ on the same cases? Wilcoxon's signed ranks, a patient's cases together."
+    from scipy.stats import wilcoxon
+    by_patient = pd.Series(np.asarray(differences)).groupby(np.asarray(patients)).mean().dropna()
+    if len(by_patient) < FEWEST: return np.nan
+    return wilcoxon(by_patient).pvalue if by_patient.any() else 1.0
 
 # %% ../nbs/12a_statistics.ipynb #3ab3426b
 def paired_bootstrap(
