@@ -8,7 +8,7 @@ Docs: https://pcrl-team.github.io/pcrl/finetune.html.md"""
 __all__ = ['evaluate_segmentation', 'evaluate_classification', 'Predictions', 'read_predictions', 'finetune']
 
 # %% ../nbs/13a_finetune.ipynb #5f126222
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +19,41 @@ from torch import nn
 
 from .classify import classify_learner, classify_loaders, predict_probabilities
 from .datasets import Cases
+from .files import OnDisk, read_image, read_mask
 from .masks import NAMES, measure_masks, summarise_masks
 from .preparation import cases_preparation
 from .runs import read_config, resume as continue_run, write_whole
 from .segment import segment_learner, segment_loaders
 from .sliding import predict_mask
 from .statistics import auc_per_label, label_columns, label_figures, reliability_figure
+from .volumes import read_header, undo_resample
 
 # %% ../nbs/13a_finetune.ipynb #0ae8959c
+def _where_drawn(
+    test: Cases,  # task "segment"
+    masks: list[np.ndarray],  # predictions, on the grids of the images
+) -> Iterator[tuple[np.ndarray, np.ndarray, tuple | None]]:  # of each case mask and truth, and the spacing in mm
+    "Masks and truths on the voxels on which the truth was drawn."
+    of_files = getattr(test.images, "read", None) is read_image and isinstance(test.targets, OnDisk)
+    for i, mask in enumerate(masks):
+        if not of_files: yield mask, test.targets[i], None; continue
+        item, spacing = test.images.items[i], test.images.settings.get("spacing")
+        header = read_header(item[0] if isinstance(item, tuple) else item)
+        if spacing is None or header.spacing is None: yield mask, test.targets[i], header.spacing; continue
+        truth = read_mask(test.targets.items[i], **test.targets.settings | dict(spacing=None))
+        yield undo_resample(mask, header.shape, header.affine, spacing), truth, header.spacing
+
+
 def evaluate_segmentation(
     model: nn.Module,  # images to logits, (B, 1 + classes, [D,] H, W)
     test: Cases,  # task "segment"
     window: Sequence[int],  # of `predict_mask`, ([D,] H, W)
-    spacing: Sequence[float] | None = None,  # mm, of all cases; None: distances in voxels
-) -> tuple[pd.DataFrame, list[np.ndarray]]:  # the table of `measure_masks`, and the masks
+) -> tuple[pd.DataFrame, list[np.ndarray]]:  # the table of `measure_masks`, on the voxels of the files; and the masks, on those of the images
     "The masks of the test cases, and how good each is."
     masks = [predict_mask(model, image, window) for image in test.images]
-    return measure_masks(masks, test.targets, test.classes, test.names, test.patients, spacing, regions=test.regions), masks
+    tables = [measure_masks([mask], [truth], test.classes, [name], [patient], spacing, regions=test.regions)
+              for (mask, truth, spacing), name, patient in zip(_where_drawn(test, masks), test.names, test.patients)]
+    return pd.concat(tables, ignore_index=True), masks
 
 # %% ../nbs/13a_finetune.ipynb #522b9382
 def evaluate_classification(
@@ -89,11 +107,10 @@ def _classification_files(test: Cases, probabilities: np.ndarray, run: Path) -> 
 def _measure(
     model: nn.Module, test: Cases, crop: Sequence[int],
     run: str | Path,  # gets a `test.csv`, and `cases.csv` of segmentation, `predictions.csv` of classification
-    spacing: Sequence[float] | None,  # mm, of segmentation
 ) -> tuple[dict[str, float], list | np.ndarray]:
     "Test figures and predictions for the cases' task."
     if test.task == "segment":
-        of_cases, predictions = evaluate_segmentation(model, test, crop, spacing)
+        of_cases, predictions = evaluate_segmentation(model, test, crop)
         write_whole(Path(run) / "cases.csv", lambda p: of_cases.to_csv(p, index=False))
         table = summarise_masks(of_cases)
         metrics = {metric: value for metric, value in zip(table.metric, table.value) if metric.startswith("dice")}
@@ -156,9 +173,8 @@ def finetune(
         raise ValueError(f"{cases.name} has no test cases: mark some in its table, or give more patients")
     crop = tuple(crop or ((224, 224) if cases.dims == 2 else (32, 64, 64)))
     learn = _learner(cases, crop, bs, crops_per_epoch, loss, weighted, seed, init, width, backbone, norm, lr=lr, run=run, schedule=schedule, patience=patience)
-    learn.run_folder.every, how = every, cases_preparation(cases)
-    learn.run_folder.settings["preparation"] = how
+    learn.run_folder.every, learn.run_folder.settings["preparation"] = every, cases_preparation(cases)
     with ExitStack() as quiet:
         if not bar: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
         learn.fit(epochs, cbs=cbs, start_epoch=continue_run(learn) if resume else 0)
-    return _measure(learn.model, test, crop, run, how and how["spacing"])
+    return _measure(learn.model, test, crop, run)

@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/geometry.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_VOXELS', 'MAX_PIXELS', 'LPS_TO_RAS', 'Volume', 'VolumeError', 'check_size', 'check_affine', 'is_sheared',
-           'spacing_of', 'canonical', 'world_to_voxel', 'resample_like', 'resample']
+           'spacing_of', 'canonical', 'world_to_voxel', 'resample_like', 'resample', 'undo_resample']
 
 # %% ../nbs/00_geometry.ipynb #889d57f4
 from dataclasses import dataclass, field, replace
@@ -135,19 +135,33 @@ def resample_like(
     return replace(_regrid(volume, like.array.shape[-3:], like.affine, labels), source_affine=like.source_affine)
 
 # %% ../nbs/00_geometry.ipynb #ab662fd0
+def _grid_of(shape, affine, spacing):
+    "Shape (D, H, W) and affine of the grid of another spacing over an image."
+    if len(spacing) != 3 or not min(spacing) > 0: raise ValueError(f"a spacing of {spacing} mm is not possible: give three numbers above 0")
+    axes, upper = np.linalg.qr(affine[:3, :3])
+    axes = axes * np.sign(np.diag(upper))                                              # at right angles, each on the side of its old one
+    faces = np.array(list(product(*([-0.5, n - 0.5] for n in shape[::-1]))))
+    corners, step = faces @ (axes.T @ affine[:3, :3]).T, np.array(spacing[::-1], float)
+    (low, high), grid = (corners.min(0), corners.max(0)), np.eye(4)
+    grid[:3, :3] = axes * step; grid[:3, 3] = affine[:3, 3] + axes @ (low + step / 2)
+    return tuple(np.maximum(1, np.rint((high - low) / step)).astype(int)[::-1].tolist()), grid
+
 def resample(
     volume: Volume,  # 3D
     spacing: tuple,  # mm, in the order (D, H, W)
     labels: bool = False,  # True: nearest neighbour, for masks; False: linear
 ) -> Volume:
     "Resample to another spacing; raises `VolumeError` for 2D and for a result over the limit, ValueError for a spacing of 0 or less."
-    if len(spacing) != 3 or not min(spacing) > 0: raise ValueError(f"a spacing of {spacing} mm is not possible: give three numbers above 0")
     _need_3d(volume)
-    axes, upper = np.linalg.qr(volume.affine[:3, :3])
-    axes = axes * np.sign(np.diag(upper))                                              # at right angles, each on the side of its old one
-    faces = np.array(list(product(*([-0.5, n - 0.5] for n in volume.array.shape[:-4:-1]))))
-    corners, step = faces @ (axes.T @ volume.affine[:3, :3]).T, np.array(spacing[::-1], float)
-    low, high = corners.min(0), corners.max(0)
-    affine = np.eye(4)
-    affine[:3, :3] = axes * step; affine[:3, 3] = volume.affine[:3, 3] + axes @ (low + step / 2)
-    return _regrid(volume, tuple(np.maximum(1, np.rint((high - low) / step)).astype(int))[::-1], affine, labels)
+    return _regrid(volume, *_grid_of(volume.array.shape[-3:], volume.affine, spacing), labels)
+
+def undo_resample(
+    mask: np.ndarray,  # (D, H, W), on the grid that `resample` makes of an image
+    shape: tuple,  # of the image, (D, H, W)
+    affine: np.ndarray,  # of the image, (4, 4)
+    spacing: tuple,  # that was given to `resample`
+) -> np.ndarray:  # `shape`, in the mask's own dtype
+    "A mask back on the voxels of its image, by nearest neighbour; raises ValueError for a mask of another shape than the grid's."
+    grid_shape, grid_affine = _grid_of(shape, affine, spacing)
+    if mask.shape != grid_shape: raise ValueError(f"a mask of shape {mask.shape} is not on the grid of {spacing} mm, which has {grid_shape}: give the one that was predicted there")
+    return _onto_grid(mask, np.linalg.inv(grid_affine) @ affine, shape, True).astype(mask.dtype)

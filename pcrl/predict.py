@@ -29,7 +29,7 @@ from .sliding import Ensemble, FlipAverage, predict_mask
 from .sources import printable
 from .transforms import to_unit
 from .unet import UNet
-from .volumes import DicomSeries, Volume, VolumeError, find_images, percentile_window, resample_like, write_volume
+from .volumes import DicomSeries, Volume, VolumeError, find_images, percentile_window, undo_resample, write_volume
 
 # %% ../nbs/13d_predict.ipynb #7981cedc
 @dataclass
@@ -88,9 +88,9 @@ def source_mask(
 ) -> np.ndarray:  # the volume's shape, uint8: 0, and the values of the training masks
     "The mask of an image, on the image's own voxels."
     how = config["preparation"]
-    image, grid = prepare_again(volume, how)
-    mask = np.array([0, *(how["mask_values"] or range(1, config["out_channels"]))], np.uint8)[predict_mask(model, image, config["size"])]
-    return mask if grid is volume else resample_like(replace(grid, array=mask), volume, labels=True).array.astype(np.uint8)
+    values = np.array([0, *(how["mask_values"] or range(1, config["out_channels"]))], np.uint8)
+    mask = values[predict_mask(model, prepare_again(volume, how), config["size"])]
+    return mask if how["spacing"] is None else undo_resample(mask, volume.array.shape[-3:], volume.affine, how["spacing"])
 
 # %% ../nbs/13d_predict.ipynb #a15c8cde
 @torch.no_grad()
@@ -231,7 +231,7 @@ def _predict_mask_file(of: Finetuned, model: nn.Module, volume: Volume, path: Pa
 @torch.no_grad()
 def _predict_labels(of: Finetuned, volume: Volume, figure: Path) -> dict:
     "Probabilities by label, the mean of the networks, and their figure; the columns of the table."
-    image, _ = prepare_again(volume, of.config["preparation"])
+    image = prepare_again(volume, of.config["preparation"])
     x = to_unit(torch.from_numpy(image))[None].to(default_device())
     spread = (lambda logits: logits.softmax(1)) if of.config.get("exclusive") else torch.sigmoid
     mean = lambda outputs: torch.stack(outputs).mean(0)[0].float().cpu().numpy()

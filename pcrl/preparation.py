@@ -48,12 +48,12 @@ def describe_preparation(
 def prepare_again(
     volume: Volume,  # as read
     preparation: dict,  # of a model
-) -> tuple[np.ndarray, Volume]:  # (C, [D,] H, W), and the volume on the grid of this array, for the way back
+) -> np.ndarray:  # (C, [D,] H, W)
     "An image as the model's training images were prepared."
     spacing, *rest = (preparation[k] for k in ("spacing", "size", "window", "dtype"))
     grid = volume if spacing is None else resample(volume, spacing)
     channels = [replace(grid, array=channel) for channel in grid.array] if preparation.get("contrasts") else [grid]
-    return np.concatenate([prepare(channel, None, *rest) for channel in channels]), grid
+    return np.concatenate([prepare(channel, None, *rest) for channel in channels])
 
 # %% ../nbs/01p_preparation.ipynb #e945c4cc
 def contrast_endings(

@@ -15,6 +15,7 @@ import numpy as np, pandas as pd
 
 from .ablations import COLUMNS, Results
 from .cases import Cases
+from .files import OnDisk
 from .finetune import finetune
 from .runs import read_config, write_whole
 from .splits import split_id, write_split
@@ -40,14 +41,11 @@ def markdown_table(
 
 
 def measured_on(
-    preparation: dict | None,  # of a model that draws masks; None: of images as they are
+    cases: Cases,  # task "segment"
 ) -> str:
-    "The voxels on which masks are compared, which are those of the prepared images, and the unit of distances."
-    spacing, size = ((preparation or {}).get(k) for k in ("spacing", "size"))
-    sides = lambda lengths: " x ".join(f"{v:g}" for v in lengths)
-    if spacing: return f"voxels of {sides(spacing)} mm (z, y, x), to which images and masks were resampled; distances in mm"
-    if size: return f"images and masks resized to {sides(size if isinstance(size, list) else [size, size])}; distances in pixels of these"
-    return "the files' own voxels; distances in voxels"
+    "The voxels on which masks are compared, see `evaluate_segmentation`, and the unit of distances."
+    if cases.dims == 2: return "the images' own pixels; distances in pixels"
+    return "the files' own voxels; distances in mm" if isinstance(cases.images, OnDisk) else "the arrays' own voxels; distances in voxels"
 
 
 def facts(
@@ -61,7 +59,7 @@ def facts(
     parts = ", ".join(f"{cases.split.count(part)} {part}" for part in ("train", "valid", "test"))
     shown = ("init", "schedule", "width", "epochs", "batch_size", "lr")
     return {"data": f"{cases.name}: {cases.note}", "cases": f"{parts}; {config['data'].split(' of ')[0]} used",
-            **({"masks": measured_on(config.get("preparation"))} if cases.task == "segment" else {}),
+            **({"masks": measured_on(cases)} if cases.task == "segment" else {}),
             "split": f"{split}, in split.csv", "commit": first.commit,
             "versions": ", ".join(f"{k} {v}" for k, v in config["versions"].items()),
             "settings": ", ".join(f"{k} {config[k]}" for k in shown),

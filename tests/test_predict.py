@@ -8,6 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pcrl.cli import app
+from pcrl.masks import measure_case
 from test_cli import complaint, pcrl, slices  # noqa: F401, the last is a fixture
 
 
@@ -46,6 +47,17 @@ def test_the_run_says_how_its_images_were_prepared(masks_run):
     cases = pd.read_csv(masks_run / "cases.csv")
     assert set(cases["class"]) == {"class 1", "class 2"} and cases.case.str.endswith(".nii.gz").all() and cases.hd95.gt(0).all()
     assert pd.read_csv(masks_run / "test.csv").metric.tolist()[:4] == ["dice", "dice class 1", "dice class 2", "surface_dice"]
+
+
+def test_a_run_is_measured_by_the_masks_that_predict_writes(masks_run, tmp_path):
+    "The network sees 3 mm; what it is told of its test cases is true of masks on the files' own voxels, of 1 mm."
+    own, told = masks_run.parent / "own", pd.read_csv(masks_run / "cases.csv")
+    pcrl("predict", masks_run, *(own / "images" / name for name in told.case.unique()), "--out", tmp_path / "out")
+    for name, rows in told.groupby("case"):
+        mask, truth = (sitk.ReadImage(str(folder / name)) for folder in (tmp_path / "out", own / "masks"))
+        found = measure_case(*map(sitk.GetArrayFromImage, (mask, truth)), 2, truth.GetSpacing()[::-1])
+        np.testing.assert_allclose(rows[[*found]], found, atol=1e-6)
+    assert "the files' own voxels; distances in mm" in (masks_run / "report.md").read_text()
 
 
 def test_a_folder_of_dicom_series_to_masks_that_lie_on_their_images(masks_run, kit, tmp_path):
