@@ -28,13 +28,15 @@ def summarise(
 def paired_interval(
     a: pd.Series,  # values of what is judged
     b: pd.Series,  # of what it is judged against, pair by pair
-) -> dict[str, float]:  # mean, low, high (95 %), p; the last three nan for fewer than 2 pairs
-    "How much larger a is than b, by a paired t-test."
+) -> dict[str, float]:  # mean, low, high (95 %), p; the last three nan for fewer than 2 pairs, or where all differ by the same, which leaves no spread
+    "How much larger a is than b, by a paired t-test; without any difference p is 1."
     from scipy import stats
-    if len(a) < 2: return dict(mean=(a - b).mean(), low=np.nan, high=np.nan, p=np.nan)
+    difference = a - b
+    if len(a) > 1 and np.allclose(difference, 0, rtol=0, atol=1e-9): return dict(mean=0.0, low=0.0, high=0.0, p=1.0)
+    if len(a) < 2 or np.ptp(difference) < 1e-9: return dict(mean=difference.mean(), low=np.nan, high=np.nan, p=np.nan)
     test = stats.ttest_rel(a, b)
     low, high = test.confidence_interval(0.95)
-    return dict(mean=(a - b).mean(), low=low, high=high, p=test.pvalue)
+    return dict(mean=difference.mean(), low=low, high=high, p=test.pvalue)
 
 
 def paired_difference(
@@ -63,6 +65,7 @@ def verdict(
     d = paired_difference(results, metric, arm, baseline)
     difference = f"{arm} minus {baseline}: {d['mean']:+.3f} {metric}"
     if d["seeds"] < 2: return f"{difference} with one seed, which shows nothing about the spread."
+    if np.isnan(d["low"]): return f"{difference} with each of {d['seeds']} seeds, which leaves no spread to test: no difference is shown."
     finding = "no difference is shown" if d["low"] <= 0 <= d["high"] else f"{arm} is {'better' if d['mean'] > 0 else 'worse'}"
     test = f"95 % interval {d['low']:+.3f} to {d['high']:+.3f}, paired t-test p = {d['p']:.3f}, {d['seeds']} seeds"
     return f"{difference} ({test}): {finding} at this size."
