@@ -24,35 +24,36 @@ from .masks import NAMES, measure_masks, summarise_masks
 from .preparation import cases_preparation
 from .runs import read_config, resume as continue_run, write_whole
 from .segment import segment_learner, segment_loaders
-from .sliding import predict_mask
+from .sliding import predict_mask, predict_source_mask
 from .statistics import auc_per_label, label_columns, label_figures, reliability_figure
-from .volumes import read_header, undo_resample
+from .volumes import read_header
 
 # %% ../nbs/13a_finetune.ipynb #0ae8959c
 def _where_drawn(
-    test: Cases,  # task "segment"
-    masks: list[np.ndarray],  # predictions, on the grids of the images
+    model: nn.Module,
+    test: Cases,
+    window: Sequence[int],
 ) -> Iterator[tuple[np.ndarray, np.ndarray, tuple | None]]:  # of each case mask and truth, and the spacing in mm
     "Masks and truths on the voxels on which the truth was drawn."
-    of_files = getattr(test.images, "read", None) is read_image and isinstance(test.targets, OnDisk)
-    for i, mask in enumerate(masks):
-        if not of_files: yield mask, test.targets[i], None; continue
-        item, spacing = test.images.items[i], test.images.settings.get("spacing")
+    if not (getattr(test.images, "read", None) is read_image and isinstance(test.targets, OnDisk)):
+        for image, truth in zip(test.images, test.targets): yield predict_mask(model, image, window), truth, None
+        return
+    spacing, own = test.images.settings.get("spacing"), test.targets.settings | dict(spacing=None)
+    for item, image, target in zip(test.images.items, test.images, test.targets.items):
         header = read_header(item[0] if isinstance(item, tuple) else item)
-        if spacing is None or header.spacing is None: yield mask, test.targets[i], header.spacing; continue
-        truth = read_mask(test.targets.items[i], **test.targets.settings | dict(spacing=None))
-        yield undo_resample(mask, header.shape, header.affine, spacing), truth, header.spacing
+        yield predict_source_mask(model, image, window, header.shape, header.affine, spacing), read_mask(target, **own), header.spacing
 
 
 def evaluate_segmentation(
     model: nn.Module,  # images to logits, (B, 1 + classes, [D,] H, W)
     test: Cases,  # task "segment"
     window: Sequence[int],  # of `predict_mask`, ([D,] H, W)
-) -> tuple[pd.DataFrame, list[np.ndarray]]:  # the table of `measure_masks`, on the voxels of the files; and the masks, on those of the images
+) -> tuple[pd.DataFrame, list[np.ndarray]]:  # the table of `measure_masks`, and the masks: of files on their own voxels, as `read_volume` gives them
     "The masks of the test cases, and how good each is."
-    masks = [predict_mask(model, image, window) for image in test.images]
-    tables = [measure_masks([mask], [truth], test.classes, [name], [patient], spacing, regions=test.regions)
-              for (mask, truth, spacing), name, patient in zip(_where_drawn(test, masks), test.names, test.patients)]
+    tables, masks = [], []
+    for (mask, truth, spacing), name, patient in zip(_where_drawn(model, test, window), test.names, test.patients):
+        tables.append(measure_masks([mask], [truth], test.classes, [name], [patient], spacing, regions=test.regions))
+        masks.append(mask)
     return pd.concat(tables, ignore_index=True), masks
 
 # %% ../nbs/13a_finetune.ipynb #522b9382

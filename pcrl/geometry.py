@@ -103,14 +103,14 @@ def world_to_voxel(
     return (np.asarray(points, float) @ inverse[:3, :3].T + inverse[:3, 3])[..., ::-1]
 
 # %% ../nbs/00_geometry.ipynb #486c7958
-def _onto_grid(array, step, shape, labels):
+def _onto_grid(array, step, shape, labels, outside):
     "An array (D, H, W) on a grid of `shape` (D, H, W) whose voxels (x, y, z) `step` takes to the array's."
     import SimpleITK as sitk
     transform = sitk.AffineTransform(3)
     transform.SetMatrix(step[:3, :3].ravel()); transform.SetTranslation(step[:3, 3])
     seen = sitk.Resample(sitk.GetImageFromArray(array.astype(np.float32)), [int(n) for n in shape[::-1]], transform,
                          sitk.sitkNearestNeighbor if labels else sitk.sitkLinear,
-                         (0., 0., 0.), (1., 1., 1.), np.eye(3).ravel(), 0. if labels else float(array.min()))
+                         (0., 0., 0.), (1., 1., 1.), np.eye(3).ravel(), outside)
     return sitk.GetArrayFromImage(seen)
 
 def _need_3d(volume):
@@ -120,7 +120,7 @@ def _regrid(volume, shape, affine, labels):
     "The volume, every channel of it, on another grid."
     channels = volume.array if volume.array.ndim == 4 else volume.array[None]
     check_size(volume.path, (*shape, len(channels)))
-    seen = np.stack([_onto_grid(c, np.linalg.inv(volume.affine) @ affine, shape, labels) for c in channels])
+    seen = np.stack([_onto_grid(c, np.linalg.inv(volume.affine) @ affine, shape, labels, 0. if labels else float(c.min())) for c in channels])
     seen = seen.reshape(*volume.array.shape[:-3], *shape)
     return replace(volume, array=seen, spacing=spacing_of(affine), affine=affine, source_affine=affine)
 
@@ -156,12 +156,13 @@ def resample(
     return _regrid(volume, *_grid_of(volume.array.shape[-3:], volume.affine, spacing), labels)
 
 def undo_resample(
-    mask: np.ndarray,  # (D, H, W), on the grid that `resample` makes of an image
+    drawn: np.ndarray,  # (D, H, W), on the grid that `resample` makes of an image: a mask of whole numbers, or the logits of a class
     shape: tuple,  # of the image, (D, H, W)
     affine: np.ndarray,  # of the image, (4, 4)
     spacing: tuple,  # that was given to `resample`
-) -> np.ndarray:  # `shape`, in the mask's own dtype
-    "A mask back on the voxels of its image, by nearest neighbour; raises ValueError for a mask of another shape than the grid's."
+) -> np.ndarray:  # `shape`, in its own dtype; beyond the grid 0, or -inf of logits
+    "What was drawn on the grid back on the voxels of the image: masks by nearest neighbour, logits linear; raises ValueError for another shape than the grid's."
     grid_shape, grid_affine = _grid_of(shape, affine, spacing)
-    if mask.shape != grid_shape: raise ValueError(f"a mask of shape {mask.shape} is not on the grid of {spacing} mm, which has {grid_shape}: give the one that was predicted there")
-    return _onto_grid(mask, np.linalg.inv(grid_affine) @ affine, shape, True).astype(mask.dtype)
+    if drawn.shape != grid_shape: raise ValueError(f"an array of shape {drawn.shape} is not on the grid of {spacing} mm, which has {grid_shape}: give the one that was drawn there")
+    labels = drawn.dtype.kind != "f"
+    return _onto_grid(drawn, np.linalg.inv(grid_affine) @ affine, shape, labels, 0. if labels else -np.inf).astype(drawn.dtype)

@@ -25,11 +25,11 @@ from .geometry import is_sheared
 from .preparation import joint_preparation, prepare_again, unlike_seen
 from .runs import encoder_settings, load_part_, load_unet, load_weights_, read_config, write_whole
 from .segment import overlay_figure
-from .sliding import Ensemble, FlipAverage, predict_mask
+from .sliding import Ensemble, FlipAverage, predict_source_mask
 from .sources import printable
 from .transforms import to_unit
 from .unet import UNet
-from .volumes import DicomSeries, Volume, VolumeError, find_images, percentile_window, undo_resample, write_volume
+from .volumes import DicomSeries, Volume, VolumeError, find_images, percentile_window, write_volume
 
 # %% ../nbs/13d_predict.ipynb #7981cedc
 @dataclass
@@ -89,8 +89,7 @@ def source_mask(
     "The mask of an image, on the image's own voxels."
     how = config["preparation"]
     values = np.array([0, *(how["mask_values"] or range(1, config["out_channels"]))], np.uint8)
-    mask = values[predict_mask(model, prepare_again(volume, how), config["size"])]
-    return mask if how["spacing"] is None else undo_resample(mask, volume.array.shape[-3:], volume.affine, how["spacing"])
+    return values[predict_source_mask(model, prepare_again(volume, how), config["size"], volume.array.shape[-3:], volume.affine, how["spacing"])]
 
 # %% ../nbs/13d_predict.ipynb #a15c8cde
 @torch.no_grad()
