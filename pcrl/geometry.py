@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/geometry.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_VOXELS', 'MAX_PIXELS', 'LPS_TO_RAS', 'Volume', 'VolumeError', 'check_size', 'check_affine', 'is_sheared',
-           'spacing_of', 'canonical', 'world_to_voxel', 'resample_like', 'resample', 'undo_resample']
+           'spacing_of', 'canonical', 'world_to_voxel', 'resample_like', 'resample', 'to_grid', 'undo_resample']
 
 # %% ../nbs/00_geometry.ipynb #889d57f4
 from dataclasses import dataclass, field, replace
@@ -155,14 +155,25 @@ def resample(
     _need_3d(volume)
     return _regrid(volume, *_grid_of(volume.array.shape[-3:], volume.affine, spacing), labels)
 
-def undo_resample(
-    drawn: np.ndarray,  # (D, H, W), on the grid that `resample` makes of an image: a mask of whole numbers, or the logits of a class
-    shape: tuple,  # of the image, (D, H, W)
+
+# %% ../nbs/00_geometry.ipynb #e57a1302
+def to_grid(
+    shape: tuple,  # of an image, (D, H, W)
     affine: np.ndarray,  # of the image, (4, 4)
-    spacing: tuple,  # that was given to `resample`
-) -> np.ndarray:  # `shape`, in its own dtype; beyond the grid 0, or -inf of logits
-    "What was drawn on the grid back on the voxels of the image: masks by nearest neighbour, logits linear; raises ValueError for another shape than the grid's."
+    spacing: tuple,  # given to `resample`, mm, (D, H, W)
+) -> tuple[tuple, np.ndarray]:  # shape (D, H, W) of the grid, and what takes voxels (x, y, z) of the image to the grid's, (4, 4)
+    "Where an image's voxels lie in the grid that `resample` makes of it; raises ValueError for a spacing of 0 or less."
     grid_shape, grid_affine = _grid_of(shape, affine, spacing)
-    if drawn.shape != grid_shape: raise ValueError(f"an array of shape {drawn.shape} is not on the grid of {spacing} mm, which has {grid_shape}: give the one that was drawn there")
+    return grid_shape, np.linalg.inv(grid_affine) @ affine
+
+def undo_resample(
+    drawn: np.ndarray,  # (rows, H, W), of the grid: a mask of whole numbers, or the logits of a class
+    step: np.ndarray,  # from `to_grid`
+    shape: tuple,  # of the image, (D, H, W)
+    first: int = 0,  # row of the grid that `drawn` begins with
+    rows: tuple = (0, None),  # of the image, which are wanted: the first, and the one after the last; None: all
+) -> np.ndarray:  # (those rows, H, W), in the same dtype; beyond what was drawn 0, or -inf of logits
+    "What was drawn on the grid, or some rows of it, back on the voxels of the image: masks by nearest neighbour, logits linear."
+    begin, end, shift = rows[0], shape[0] if rows[1] is None else rows[1], lambda n: np.block([[np.eye(3), np.array([[0, 0, n]]).T], [0, 0, 0, 1]])
     labels = drawn.dtype.kind != "f"
-    return _onto_grid(drawn, np.linalg.inv(grid_affine) @ affine, shape, labels, 0. if labels else -np.inf).astype(drawn.dtype)
+    return _onto_grid(drawn, shift(-first) @ step @ shift(begin), (end - begin, *shape[1:]), labels, 0. if labels else -np.inf).astype(drawn.dtype)

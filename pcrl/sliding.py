@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .transforms import to_unit
-from .volumes import undo_resample
+from .volumes import to_grid, undo_resample
 
 # %% ../nbs/12d_sliding.ipynb #2443f07a
 def window_starts(
@@ -112,18 +112,43 @@ def predict_mask(
     return mask
 
 # %% ../nbs/12d_sliding.ipynb #e57a1202
+def _with_next_row(
+    slabs: Iterator[Tensor],  # (K, rows, H, W)
+) -> Iterator[tuple[int, float, np.ndarray]]:  # first row of a slab, the row after its last, and the slab with that row; of the last slab infinity, and the slab
+    "Slabs between whose rows, and up to the next slab's, can be interpolated."
+    first, held = 0, None
+    for slab in slabs:
+        slab = slab.cpu().numpy()
+        if held is not None:
+            yield first, first + held.shape[1], np.concatenate([held, slab[:, :1]], 1)
+            first += held.shape[1]
+        held = slab
+    yield first, np.inf, held
+
+
 def predict_source_mask(
     model: nn.Module,  # as in `predict_mask`
     image: np.ndarray,  # (C, D, H, W), resampled to `spacing`
     size: Sequence[int],  # of the window
     shape: Sequence[int],  # of the source, (D, H, W)
-    affine: np.ndarray,  # of the source, (4, 4)
-    spacing: Sequence[float] | None,  # that the source was resampled to, mm; None: it was not, or is 2D
+    affine: np.ndarray | None,  # of the source, (4, 4); None in 2D
+    spacing: Sequence[float] | None,  # that the source was resampled to, mm; None: it was not
 ) -> np.ndarray:  # `shape`, uint8; 0 is background
     "The class of every voxel of the file that an image was made of."
     if spacing is None or affine is None: return predict_mask(model, image, size)
-    logits = torch.cat([slab.cpu() for slab in sliding_slabs(model, image, size)], 1)
-    return _highest(torch.from_numpy(undo_resample(channel.numpy(), shape, affine, spacing)) for channel in logits).numpy()
+    _, step = to_grid(shape, affine, spacing)
+    along = step[2, 2] * np.arange(shape[0]) + step[2, 3]  # rows of the grid
+    across = step[2, 1] * np.arange(shape[1])[:, None] + step[2, 0] * np.arange(shape[2])  # 0 but for a sheared source
+    mask = np.zeros(shape, np.uint8)
+    for first, end, slab in _with_next_row(sliding_slabs(model, image, size)):
+        start = first if first else -np.inf
+        touched = np.flatnonzero((along + across.max() >= start) & (along + across.min() < end))
+        if not len(touched): continue
+        rows = touched[0], touched[-1] + 1
+        label = _highest(torch.from_numpy(undo_resample(channel, step, shape, first, rows)) for channel in slab).numpy()
+        at = along[slice(*rows), None, None] + across
+        np.copyto(mask[slice(*rows)], label, where=(at >= start) & (at < end))
+    return mask
 
 # %% ../nbs/12d_sliding.ipynb #35721a0c
 class FlipAverage(nn.Module):

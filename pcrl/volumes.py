@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/volumes.html.md"""
 
 # %% auto #0
 __all__ = ['READERS', 'WRITERS', 'OTHERS', 'read_volume', 'Header', 'read_header', 'lay_on', 'write_volume', 'Sources',
-           'link_away', 'find_images', 'Volume', 'VolumeError', 'DicomSeries', 'resample', 'resample_like',
+           'link_away', 'find_images', 'Volume', 'VolumeError', 'DicomSeries', 'resample', 'resample_like', 'to_grid',
            'undo_resample', 'world_to_voxel', 'window', 'percentile_window', 'to_uint8', 'resize2d']
 
 # %% ../nbs/00f_volumes.ipynb #aa98d6c2
@@ -17,13 +17,13 @@ import os, re, tempfile
 import numpy as np
 from .dicom import is_dicom
 from .formats import open_nifti, open_picture
-from .geometry import LPS_TO_RAS, Volume, VolumeError, canonical, check_affine, is_sheared, resample, resample_like, spacing_of, undo_resample, world_to_voxel
+from .geometry import LPS_TO_RAS, Volume, VolumeError, canonical, check_affine, is_sheared, resample, resample_like, spacing_of, to_grid, undo_resample, world_to_voxel
 from .intensities import percentile_window, resize2d, to_uint8, window
 from .metaimage import open_itk
 from .series import DicomSeries, dicom_sources, open_dicom, open_series
 
 # %% ../nbs/00f_volumes.ipynb #3d51233d
-_all_ = ["Volume", "VolumeError", "DicomSeries", "resample", "resample_like", "undo_resample", "world_to_voxel", "window", "percentile_window",
+_all_ = ["Volume", "VolumeError", "DicomSeries", "resample", "resample_like", "to_grid", "undo_resample", "world_to_voxel", "window", "percentile_window",
          "to_uint8", "resize2d"]
 
 # %% ../nbs/00f_volumes.ipynb #1c48ce15
