@@ -38,10 +38,11 @@ def _where_drawn(
     if not (getattr(test.images, "read", None) is read_image and isinstance(test.targets, OnDisk)):
         for image, truth in zip(test.images, test.targets): yield predict_mask(model, image, window), truth, None
         return
-    spacing, own = test.images.settings.get("spacing"), test.targets.settings | dict(spacing=None)
-    for item, image, target in zip(test.images.items, test.images, test.targets.items):
+    spacing, truths = test.images.settings.get("spacing"), test.targets
+    if spacing is not None: truths = OnDisk(truths.items, read_mask, **truths.settings | dict(spacing=None))
+    for item, image, truth in zip(test.images.items, test.images, truths):
         header = read_header(item[0] if isinstance(item, tuple) else item)
-        yield predict_source_mask(model, image, window, header.shape, header.affine, spacing), read_mask(target, **own), header.spacing
+        yield predict_source_mask(model, image, window, header.shape, header.affine, spacing), truth, header.spacing
 
 
 def evaluate_segmentation(

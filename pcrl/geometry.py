@@ -155,7 +155,6 @@ def resample(
     _need_3d(volume)
     return _regrid(volume, *_grid_of(volume.array.shape[-3:], volume.affine, spacing), labels)
 
-
 # %% ../nbs/00_geometry.ipynb #e57a1302
 def to_grid(
     shape: tuple,  # of an image, (D, H, W)
@@ -171,9 +170,9 @@ def undo_resample(
     step: np.ndarray,  # from `to_grid`
     shape: tuple,  # of the image, (D, H, W)
     first: int = 0,  # row of the grid that `drawn` begins with
-    rows: tuple = (0, None),  # of the image, which are wanted: the first, and the one after the last; None: all
+    rows: tuple|None = None,  # of the image, which are wanted: the first, and the one after the last; None: all
 ) -> np.ndarray:  # (those rows, H, W), in the same dtype; beyond what was drawn 0, or -inf of logits
     "What was drawn on the grid, or some rows of it, back on the voxels of the image: masks by nearest neighbour, logits linear."
-    begin, end, shift = rows[0], shape[0] if rows[1] is None else rows[1], lambda n: np.block([[np.eye(3), np.array([[0, 0, n]]).T], [0, 0, 0, 1]])
-    labels = drawn.dtype.kind != "f"
-    return _onto_grid(drawn, shift(-first) @ step @ shift(begin), (end - begin, *shape[1:]), labels, 0. if labels else -np.inf).astype(drawn.dtype)
+    (begin, end), step, labels = rows or (0, shape[0]), step.copy(), drawn.dtype.kind != "f"
+    step[:3, 3] += begin * step[:3, 2] - (0, 0, first)
+    return _onto_grid(drawn, step, (end - begin, *shape[1:]), labels, 0. if labels else -np.inf).astype(drawn.dtype)
