@@ -86,6 +86,7 @@ class Plan:
     epochs: int
     steps: int  # in all
     seconds: float  # measured, a step
+    steps_per_epoch: int | None = None  # of a part of the images; None: of all, as in runs of before there was a choice
 
     def __str__(self):
         crop = "x".join(map(str, self.crop))
@@ -94,11 +95,11 @@ class Plan:
 
 
 def _plan(crop, width, seconds: float, minutes: float, images: int, bs: int, least: int) -> Plan:
-    "Epochs that fill the minutes."
-    pairs = max(least, -(-EPOCH * bs // images))
-    epoch = images * pairs // bs
-    epochs = max(1, int(60 * minutes * (1 - SPARE) / seconds / epoch))
-    return Plan(crop, width, pairs, epochs, epochs * epoch, seconds)
+    "Epochs that fill the minutes; one that is cut short where a whole one takes longer."
+    fit = max(1, int(60 * minutes * (1 - SPARE) / seconds))
+    pairs = max(least, -(-min(EPOCH, fit) * bs // images))
+    epoch = min(images * pairs // bs, fit)
+    return Plan(crop, width, pairs, fit // epoch, fit // epoch * epoch, seconds, epoch)
 
 # %% ../nbs/10a_budget.ipynb #a6ee2873
 def plan_budget(
@@ -108,17 +109,17 @@ def plan_budget(
     recipe: Recipe,
     sizes: Sequence,  # crop and width of each, the cheapest first, from `sizes_that_fit`
 ) -> Plan:
-    "The largest size of which `ENOUGH` steps fit into the minutes, or the cheapest; the measuring counts as part of them."
-    start, plan = time.perf_counter(), None
+    "The largest size of which `ENOUGH` steps fit into the minutes, or the cheapest; the measuring, of sizes that are too large as well, counts as part of them."
+    start, chosen = time.perf_counter(), None
     for crop, width in sizes:
         dls = loaders(size=crop)
         seconds = seconds_per_step(dls, dims, recipe, width)
-        left = minutes - (time.perf_counter() - start) / 60
-        images = len(dls.train.dataset.images)
-        larger = _plan(crop, width, seconds, left, images, dls.train.bs, dls.train.dataset.pairs_per_image)
-        if plan is None or larger.steps >= ENOUGH: plan = larger
-        if larger.steps < ENOUGH: break
-    return plan
+        pairs, of_size = dls.train.dataset, (crop, width, seconds)
+        plan = lambda size: _plan(*size, minutes - (time.perf_counter() - start) / 60, len(pairs.images), dls.train.bs, pairs.pairs_per_image)
+        enough = plan(of_size).steps >= ENOUGH
+        if chosen is None or enough: chosen = of_size
+        if not enough: break
+    return plan(chosen)
 
 # %% ../nbs/10a_budget.ipynb #8cd5f3a7
 def kept_plan(

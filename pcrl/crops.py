@@ -187,8 +187,8 @@ class CropLoader(DataLoader):
         self.fake_l = _Workers(self, made.pin_memory, made.num_workers, made.timeout, made.persistent_workers, made.pin_memory_device)
 
     def get_idxs(self):
-        order = np.random.default_rng([self.dataset.seed, self.epoch]).permutation(self.n) if self.shuffle else range(self.n)
-        return [(self.epoch, int(i)) for i in order][self.batch * self.bs:]
+        order = np.random.default_rng([self.dataset.seed, self.epoch]).permutation(len(self.dataset)) if self.shuffle else range(self.n)
+        return [(self.epoch, int(i)) for i in order[self.batch * self.bs:self.n]]
 
     def create_item(self, key): return (self.dataset[key],)
 
@@ -238,6 +238,7 @@ def crop_loaders(
     bs: int,  # pairs in a batch
     pairs_per_image: int = 1,  # pairs drawn from each image in an epoch
     num_workers: int = 0,  # changes the speed and nothing else
+    steps: int|None = None,  # batches of a training epoch, from a random part of its pairs; None: as many as the pairs make
     seed: int = 0,
     device: torch.device|None = None,  # where batches go; None: fastai's default
     **kwargs,  # `scales`, `min_iou`, `air`, `max_air`, `margin`, `tries` of `CropPairs`
@@ -246,7 +247,8 @@ def crop_loaders(
     train, valid = (CropPairs(o, size, pairs_per_image, seed=seed, **kwargs) for o in (train_images, valid_images))
     if len(train) < bs: raise ValueError(f"an epoch has {len(train)} pairs ({len(train_images)} images, {pairs_per_image} each), "
                                          f"fewer than a batch of {bs}: take a smaller bs or more pairs_per_image")
-    return DataLoaders(CropLoader(train, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers),
+    n = len(train) if steps is None else min(steps * bs, len(train))
+    return DataLoaders(CropLoader(train, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers, n=n),
                        CropLoader(valid, bs=bs, num_workers=num_workers), device=device or default_device())
 
 # %% ../nbs/03_crops.ipynb #11974696

@@ -99,7 +99,7 @@ def _check_queue(queue_size: int, crops: int):
 
 def _fit_recipe(recipe: Recipe, dls: DataLoaders, settings: dict) -> Recipe:
     "Fill in what depends on the data: the queue's size unless it was given, and the binary NCE's n, the batches of an epoch."
-    pairs = len(dls.train.dataset)
+    pairs = dls.train.n
     _check_queue(settings.get("queue_size", 0), 2 * pairs)
     size = settings.get("queue_size") or queue_size_for(pairs, recipe.queue_size)
     return replace(recipe, queue_size=size, nce_n=recipe.nce_n or (len(dls.train) if recipe.contrast == "nce" else None))
