@@ -140,7 +140,7 @@ def pretrain(
     out: Out,
     dims: Dims = 3,
     minutes: Annotated[float | None, typer.Option(min=0.1, help=(
-        "Time to spend. Crop, width and epochs are then chosen by what a step takes on this machine, unless they are given."))] = None,
+        "Time to spend once the images are read. Crop, width and epochs are then chosen by what a step takes on this machine, unless they are given."))] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images; the recipe's, or 100.")] = None,
     recipe: Annotated[str, typer.Option(help=(
         "The method's settings: `robust`, `paper`, `literal`, or `official` for those of the authors' code."))] = "robust",
@@ -179,10 +179,10 @@ def pretrain(
     if minutes is not None:
         plan = b.kept_plan(out) if resume else b.plan_budget(minutes, loaders, dims, r, b.sizes_that_fit(dims, b.smallest_shape(store), given["size"], width))
         typer.echo(str(plan))
-        crops |= dict(size=plan.crop, pairs_per_image=plan.pairs_per_image)
-        width, epochs, r = plan.width, epochs or plan.epochs, at_size(r, plan.crop)
+        crops |= dict(size=plan.crop, pairs_per_image=plan.pairs_per_image, steps=plan.steps_per_epoch)
+        width, epochs = plan.width, epochs or plan.epochs
     notes = dict(store=str(store.path.resolve()), valid=valid, loaders=crops, plan=plan and asdict(plan))
-    learn = p.pretrain_learner(loaders(), dims, recipe=r, width=width or 64, run=out, seed=seed,
+    learn = p.pretrain_learner(loaders(), dims, recipe=at_size(r, crops["size"]), width=width or 64, run=out, seed=seed,
                                data=f"{len(store)} images of {src.name}", notes=notes, **settings)
     learn.run_folder.every = every
     learn.fit(epochs or r.epochs or 100, start_epoch=runs.resume(learn) if resume else 0, cbs=StopOnSignal())
@@ -194,7 +194,7 @@ def pretrain(
 def diagnose(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a pretraining.")],
     out: Annotated[Path, typer.Option(help="Folder for diagnose.csv and diagnose.html.")],
-    store: Annotated[Path | None, typer.Option(help="A store of images that were not trained on; those kept for validation if left out.")] = None,
+    store: Annotated[Path | None, typer.Option(help="A store of other images; its own if left out. Images that the run was trained on are not looked at.")] = None,
 ):
     """Look at a pretraining with all instruments: does it contrast, does it listen, is it sound?"""
     from pcrl.verdict import diagnose_run

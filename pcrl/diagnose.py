@@ -34,10 +34,12 @@ def evaluating(
 def ask_every_transform(
     model: nn.Module,  # with `reconstruct(images, vec)`; asked in evaluation mode
     shown: Tensor,  # what it sees, (B, C, [D,] H, W), [0, 1]
+    bs: int | None = None,  # images in a pass; None: all
 ) -> Tensor:  # answers, (B, T, C, [D,] H, W), T = 8 or 16, in the order of `distinct_transforms`
     "The model's answer to each distinct transform, the input fixed."
     requests = distinct_transforms(shown.ndim - 2, shown.device)
-    with evaluating(model): return torch.stack([model.reconstruct(shown, vec.expand(len(shown), -1)) for vec in requests], 1)
+    parts = shown.split(bs or len(shown))
+    with evaluating(model): return torch.stack([torch.cat([model.reconstruct(part, vec.expand(len(part), -1)) for part in parts]) for vec in requests], 1)
 
 # %% ../nbs/11_diagnose.ipynb #880e5f29
 def right_answers(
@@ -52,16 +54,17 @@ def right_answers(
 def obedience(
     answers: Tensor,  # from `ask_every_transform`, (B, T, C, [D,] H, W)
     clean: Tensor,  # the clean crop of each input, (B, C, [D,] H, W)
-) -> dict[str, float]:  # obedience, chance, wrong_over_right; mean squared errors right, wrong, mean, average, untransformed, template
+) -> dict[str, float]:  # obedience, chance, copied, wrong_over_right; mean squared errors right, wrong, mean, average, untransformed, template
     "How well answers follow requests, the errors of answers that do not listen (grey mean, average, untransformed), and of one that does not look (template)."
     rights = right_answers(clean)
     mse = lambda a, b: (a - b).square().flatten(a.ndim - rights.ndim + 2).mean(-1)
-    to_each = torch.stack([mse(answers, rights[:, j, None]) for j in range(rights.shape[1])], 2)  # asked x target
+    to_each = torch.stack([mse(answers, rights[:, j, None]) for j in range(rights.shape[1])], 2)  # asked x target; the first is the crop as it was
     right = to_each.diagonal(dim1=1, dim2=2).mean().item()
     others = ~torch.eye(rights.shape[1], dtype=torch.bool, device=clean.device)
     wrong, asked = to_each[:, others].mean().item(), torch.arange(rights.shape[1], device=clean.device)
     grey = clean.flatten(1).mean(1).view(-1, *[1] * (rights.ndim - 1))
-    return dict(obedience=(to_each.argmin(2) == asked).float().mean().item(), chance=1 / rights.shape[1],
+    nearest = to_each.argmin(2)
+    return dict(obedience=(nearest == asked).float().mean().item(), chance=1 / rights.shape[1], copied=(nearest[:, 1:] == 0).float().mean().item(),
                 right=right, wrong=wrong, wrong_over_right=wrong / max(right, 1e-12),
                 mean=mse(rights, grey).mean().item(), average=mse(rights, rights.mean(1, keepdim=True)).mean().item(),
                 untransformed=mse(rights, clean[:, None]).mean().item(), template=mse(rights, rights.mean(0, keepdim=True)).mean().item())

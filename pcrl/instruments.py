@@ -24,30 +24,38 @@ from .transforms import apply_transforms, distinct_transforms
 def gate_spread(
     model: nn.Module,  # with `gate(images, vec)`
     shown: Tensor,  # what it sees, (B, C, [D,] H, W), [0, 1]
+    bs: int | None = None,  # images in a pass; None: all
 ) -> dict[str, float]:  # gate_over_transforms, gate_over_images: standard deviations
     "How far the gates differ by transform, the image fixed, and by image, the transform fixed."
-    with evaluating(model):
-        gates = torch.stack([model.gate(shown, vec.expand(len(shown), -1)) for vec in distinct_transforms(shown.ndim - 2, shown.device)], 1)
+    requests, parts = distinct_transforms(shown.ndim - 2, shown.device), shown.split(bs or len(shown))
+    with evaluating(model): gates = torch.stack([torch.cat([model.gate(part, vec.expand(len(part), -1)) for part in parts]) for vec in requests], 1)
     return dict(gate_over_transforms=gates.std(1, correction=0).mean().item(), gate_over_images=gates.std(0, correction=0).mean().item())
 
 # %% ../nbs/11a_instruments.ipynb #a24e466c
-def _gap_and_top1(positive: Tensor, negative: Tensor) -> tuple[float, float]:
-    "Of positives' cosines (B,) and negatives' (B, N): the gap of the means, and how often the positive is higher than all; nan without negatives."
-    if not negative.numel(): return math.nan, math.nan
-    return (positive.mean() - negative.mean()).item(), (positive > negative.amax(1)).float().mean().item()
+def _gap_and_top1(
+    positive: Tensor,  # cosines, (B,)
+    others: Tensor,  # (B, N)
+    count: Tensor,  # bool, (B, N): which of them are negatives
+) -> tuple[float, float]:
+    "The gap of the means, and how often the positive is higher than all; nan without negatives."
+    if not count.any(): return math.nan, math.nan
+    highest = others.masked_fill(~count, -math.inf).amax(1)
+    return (positive.mean() - others[count].mean()).item(), (positive > highest).float().mean().item()
 
 
 @torch.no_grad()
 def held_out_contrast(
-    g_o: Tensor,  # embeddings of the first crop of each image, (B, dim), unit length
+    g_o: Tensor,  # embeddings of the first crop of each pair, (B, dim), unit length
     g_m: Tensor,  # of the second crop, by the same network
     queue: Tensor,  # keys of the training, (N, dim); may be empty
+    image: Tensor | None = None,  # of which image each pair is, (B,), whole numbers; None: each of another
 ) -> dict[str, float]:  # logit_gap, top1, queue_gap, queue_top1, alignment, uniformity, embedding_rank
     "Positives against the other images of the batch, and against the queue."
-    similarity, others = g_o @ g_m.T, ~torch.eye(len(g_o), dtype=torch.bool, device=g_o.device)
+    if image is None: image = torch.arange(len(g_o), device=g_o.device)
+    similarity, others, keys = g_o @ g_m.T, image[:, None] != image, g_o @ queue.T
     positive = similarity.diagonal()
-    gap, top1 = _gap_and_top1(positive, similarity[others].view(len(g_o), -1))
-    queue_gap, queue_top1 = _gap_and_top1(positive, g_o @ queue.T)
+    gap, top1 = _gap_and_top1(positive, similarity, others)
+    queue_gap, queue_top1 = _gap_and_top1(positive, keys, torch.ones_like(keys, dtype=torch.bool))
     uniformity = torch.cdist(g_o, g_o)[others].square().mul(-2).exp().mean().log().item()
     return dict(logit_gap=gap, top1=top1, queue_gap=queue_gap, queue_top1=queue_top1, alignment=(g_o - g_m).square().sum(1).mean().item(),
                 uniformity=uniformity, embedding_rank=effective_rank(g_o).item())
@@ -59,12 +67,12 @@ def queue_facts(
     keys_per_pair: int,  # that are pushed
     images: int,  # in the training data
     pairs_per_image: int = 1,  # in an epoch; the queue must be shorter than the epoch
-) -> dict[str, float]:  # oldest_key and mean_key in steps; own_keys: of a query's image, on the average
+) -> dict[str, float]:  # oldest_key and mean_key in steps; of a query's image, on the average: own_keys, and own_share of all
     "Age of the queue's keys, and the false negatives among them."
     behind, epoch = keys / keys_per_pair, images * pairs_per_image
     before = behind ** 2 / (2 * epoch)
     own = (behind - before) * (pairs_per_image - 1) / max(epoch - 1, 1) + before * pairs_per_image / epoch
-    return dict(oldest_key=behind / bs, mean_key=behind / bs / 2, own_keys=keys_per_pair * own)
+    return dict(oldest_key=behind / bs, mean_key=behind / bs / 2, own_keys=keys_per_pair * own, own_share=own / behind)
 
 # %% ../nbs/11a_instruments.ipynb #da4b1271
 def _changed(level: int, how: Callable) -> Callable:
@@ -77,18 +85,19 @@ def carried(
     model: nn.Module,  # with `reconstruct(images, vec, change)`
     shown: Tensor,  # what it sees, (B, C, [D,] H, W), [0, 1]
     clean: Tensor,  # what the transforms are asked of, as `shown`
+    bs: int | None = None,  # images in a pass, an even number; None: all
 ) -> dict[str, float]:  # mean squared errors: carried_intact; carried_deepest_shuffled, .._zeroed; carried_skip1_shuffled, ..
     "The error when one of the decoder's maps is that of another image, or zero."
     every, levels, n = distinct_transforms(shown.ndim - 2, shown.device), [], len(shown) // 2 * 2
-    shown, clean, at = shown[:n], clean[:n], torch.arange(n, device=shown.device)
-    vec, partner = every[at // 2 % len(every)], at ^ 1  # two neighbours are asked for the same, so that exchanging their maps changes the image alone
-    right = apply_transforms(clean, vec)
-    error = lambda change: (model.reconstruct(shown, vec, change).float() - right).square().mean().item()
+    vec = every[torch.arange(n, device=shown.device) // 2 % len(every)]  # two neighbours are asked for the same, so that exchanging their maps changes the image alone
+    partner = lambda f: f[torch.arange(len(f), device=f.device) ^ 1]
+    parts = [*zip(*(x.split(bs or n) for x in (shown[:n], vec, apply_transforms(clean[:n], vec))))]
+    error = lambda change: sum((model.reconstruct(x, v, change).float() - right).square().mean().item() * len(x) for x, v, right in parts) / n
     with evaluating(model):
         out = dict(carried_intact=error(lambda pyramid: levels.append(len(pyramid)) or pyramid))
         for i in range(levels[0]):
             name = "deepest" if i == levels[0] - 1 else f"skip{i + 1}"
-            out[f"carried_{name}_shuffled"] = error(_changed(i, lambda f: f[partner]))
+            out[f"carried_{name}_shuffled"] = error(_changed(i, partner))
             out[f"carried_{name}_zeroed"] = error(_changed(i, torch.zeros_like))
     return out
 

@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from fastai.torch_core import default_device
 from torch import Tensor, nn
 
 from .contrast import effective_rank
@@ -23,71 +24,85 @@ from .pretrain import load_method, pretraining_parts
 from .report import figure_html, paragraph, table_html, write_page
 from .runs import read_config, write_whole
 from .store import Store
+from .transforms import distinct_transforms
 
 # %% ../nbs/18a_verdict.ipynb #a54eb33c
-IMAGES = 128  # held-out images, at most: the batch in which top-1 is counted
+IMAGES = 128  # held-out images, at most, and pairs of crops: the batch in which top-1 is counted
 
 
 def pair_of_each(
     images: list,  # arrays (C, [D,] H, W)
     loaders: dict,  # arguments of `crop_loaders`
     seed: int,
+    pairs: int | None = None,  # in all, image after image and again; None: one of each
 ) -> Tensor:  # (B, 2, C, [D,] H, W), in the images' dtype
     "Two crops of each image, cut as the loaders would."
-    pairs = CropPairs(images, seed=seed, **{k: v for k, v in loaders.items() if k not in ("bs", "pairs_per_image")})
-    return torch.from_numpy(np.stack([pairs[0, i] for i in range(len(pairs))]))
+    cut = CropPairs(images, seed=seed, **{k: v for k, v in loaders.items() if k not in ("bs", "pairs_per_image", "steps")})
+    return torch.from_numpy(np.stack([cut[divmod(i, len(images))] for i in range(pairs or len(images))]))
+
+
+def _held_out(config: dict, store: str | Path | None) -> Store:
+    "Images that a run was not trained on: of its own store, or of another."
+    own = Path(config["store"])
+    if not (own / "manifest.csv").exists(): return Store(store)
+    trained, images = pretraining_parts(Store(own), config["valid"], config["seed"])[0].manifest, Store(store or own)
+    key = "file" if images.path.resolve() == own.resolve() else "sha256"
+    same = images.manifest[key].isin(trained[key]) if key in images.manifest and key in trained else np.zeros(len(images), bool)
+    return images.part(np.flatnonzero(~same))
 
 
 def held_out_crops(
     run: str | Path,  # a run folder of `pcrl pretrain`
-    store: str | Path | None = None,  # other images, none of them trained on; None: those that the run kept for validation
-) -> Tensor:  # (B, 2, C, [D,] H, W), in the store's dtype
-    """Two crops of each of up to `IMAGES` images, cut by the run's own rules.
+    store: str | Path | None = None,  # other images; None: those of the run's own store
+) -> tuple[Tensor, int]:  # (`IMAGES`, 2, C, [D,] H, W), in the store's dtype; and of how many images they are, in turn
+    """Two crops of each of up to `IMAGES` images that the run was not trained on, cut by its own rules; fewer images are cut again.
 
-    Raises ValueError for a run that does not say what it was trained on or a store of other dims, FileNotFoundError if its store is gone."""
+    Raises ValueError for a run that does not say what it was trained on, a store of other dims, or fewer than two images; FileNotFoundError if its store is gone."""
     config = read_config(run)
     if "loaders" not in config: raise ValueError(f"{run} does not say what it was trained on: `pcrl pretrain` writes that into config.json")
     if store is None and not (Path(config["store"]) / "manifest.csv").exists():
         raise FileNotFoundError(f"the store {config['store']} of {run} is gone: name another with --store")
-    images = Store(store or config["store"])
+    images = _held_out(config, store)
+    if not len(images): raise ValueError(f"{images.path} holds no image that {run} was not trained on: name a store of others with --store")
     if images.dims != config["dims"]: raise ValueError(f"{images.path} is a {images.dims}D store, but {run} was pretrained in {config['dims']}D: name another with --store")
-    if store is None: images = pretraining_parts(images, config["valid"], config["seed"])[1]
+    if len(images) == 1: raise ValueError(f"{images.path} holds one image that {run} was not trained on, which cannot be told from others: name a store of more with --store")
     order = np.random.default_rng(config["seed"]).permutation(len(images))[:IMAGES]
-    return pair_of_each([images[i] for i in order], config["loaders"], config["seed"])
+    return pair_of_each([images[i] for i in order], config["loaders"], config["seed"], IMAGES), len(order)
 
 # %% ../nbs/18a_verdict.ipynb #69dbe39c
-def _heard(model: nn.Module, views, n: int) -> dict[str, float]:
+def _heard(model: nn.Module, views, n: int, bs: int) -> dict[str, float]:
     "Obedience, gates and maps: what needs a decoder."
     shown, asked_of = views.corrupt_o[:n], views[f"{model.recipe.target}_o"][:n]
-    with torch.no_grad(): found = obedience(ask_every_transform(model, shown), asked_of)
+    with torch.no_grad(): found = obedience(ask_every_transform(model, shown, bs), asked_of)
     names = {k: f"error_{k}" for k in ("right", "wrong", "mean", "average", "untransformed", "template")}
-    return {names.get(k, k): v for k, v in found.items() if k != "chance"} | gate_spread(model, shown) | carried(model, shown, asked_of)
+    return {names.get(k, k): v for k, v in found.items() if k != "chance"} | gate_spread(model, shown, bs) | carried(model, shown, asked_of, max(2, bs // 2 * 2))
 
 
-def _told_apart(model: nn.Module, views) -> dict[str, float]:
+def _told_apart(model: nn.Module, views, images: int, bs: int) -> dict[str, float]:
     "Contrast on held-out images, the ordinary network on both crops."
-    with evaluating(model), torch.no_grad():
-        g_o, g_m = (model.embed(views[f"corrupt_{path}"], views[f"vec_{path}"]) for path in "om")
-    return held_out_contrast(g_o, g_m, model.queue.keys)
+    embed = lambda path: torch.cat([model.embed(*part) for part in zip(views[f"corrupt_{path}"].split(bs), views[f"vec_{path}"].split(bs))])
+    with evaluating(model), torch.no_grad(): g_o, g_m = embed("o"), embed("m")
+    return held_out_contrast(g_o, g_m, model.queue.keys, torch.arange(len(g_o), device=g_o.device) % images)
 
 
 def measure(
     model: nn.Module,  # a whole method
-    crops: Tensor,  # two of each held-out image, (B, 2, C, [D,] H, W)
-    images: int | None = None,  # in its training data, for the queue; None: not known
+    crops: Tensor,  # two of each pair, (B, 2, C, [D,] H, W), on the model's device
+    images: int | None = None,  # of which the pairs are, in turn; None: each of another
+    trained_on: int | None = None,  # images in its training data, for the queue; None: not known
     pairs_per_image: int = 1,  # in an epoch
     bs: int = 32,  # pairs a step
 ) -> dict[str, float]:
     "All figures of all instruments by name; a method without a decoder, or without contrast, has fewer."
-    r, n = model.recipe, min(len(crops), 32)
+    r, n, images = model.recipe, min(len(crops), 32), images or len(crops)
     views = model.views(crops, torch.Generator(crops.device).manual_seed(0))
-    with evaluating(model), torch.no_grad(): features = model.encoder(views.corrupt_o)[-1].flatten(2).mean(2)
-    found = dict(images=len(crops), width=features.shape[1], rank=effective_rank(features).item())
-    if r.reconstruction_weight: found |= _heard(model, views, n)
+    with evaluating(model), torch.no_grad(): features = torch.cat([model.encoder(part)[-1].flatten(2).mean(2) for part in views.corrupt_o.split(bs)])
+    found = dict(images=images, pairs=len(crops), width=features.shape[1], rank=effective_rank(features).item())
+    if r.reconstruction_weight: found |= _heard(model, views, n, bs)
     if r.contrast_weight:
-        found |= _told_apart(model, views)
-        if images: found |= queue_facts(len(model.queue.keys), bs, len(r.queue_keys), images, pairs_per_image)
-    return found | loss_gradients(model, crops[:n], torch.Generator(crops.device).manual_seed(0))
+        found |= _told_apart(model, views, images, bs) | dict(keys=len(model.queue.keys), horizon=1 / (1 - r.beta))
+        if trained_on: found |= queue_facts(len(model.queue.keys), bs, len(r.queue_keys), trained_on, pairs_per_image)
+    return found | loss_gradients(model, crops[:min(n, bs)], torch.Generator(crops.device).manual_seed(0))
 
 # %% ../nbs/18a_verdict.ipynb #e9806b3b
 SOUND = dict(obedience=0.9, wrong_over_right=3.0, logit_gap=0.3, top1=0.3)  # at least
@@ -98,17 +113,20 @@ def references(
     dims: int,  # 2 or 3
 ) -> dict[str, str]:  # by name, in words
     "What to compare each figure with."
-    said = dict(obedience=f"sound from {SOUND['obedience']}; chance 1/{8 if dims == 2 else 16}",
+    transforms, others = len(distinct_transforms(dims)), found["pairs"] - found["pairs"] // found["images"]
+    said = dict(obedience=f"sound from {SOUND['obedience']}; chance 1/{transforms}", copied=f"1 if the input is handed on; chance 1/{transforms}",
                 wrong_over_right=f"sound from {SOUND['wrong_over_right']}; 1 if the request makes no difference",
                 logit_gap=f"sound from {SOUND['logit_gap']}; 0 if nothing is told apart",
-                top1=f"sound from {SOUND['top1']}; chance 1/{found['images']}",
-                rank=f"1 if collapsed; at most {min(found['images'], found['width'])}", width="channels of F^l",
-                images="held out, one pair of crops each", queue_gap="misleads: keys can be told by their age",
+                top1=f"sound from {SOUND['top1']}; chance 1/{others + 1}",
+                rank=f"1 if collapsed; at most {min(found['pairs'], found['width'])}", width="channels of F^l",
+                images=f"held out; {IMAGES} are wanted", pairs="of crops of these images", queue_gap="misleads: keys can be told by their age",
                 queue_top1="misleads likewise", alignment="0 for equal embeddings, 2 for unrelated ones",
-                uniformity="near -4 if spread evenly, 0 if collapsed", embedding_rank=f"1 if collapsed; at most {min(found['images'], 128)}",
+                uniformity="near -4 if spread evenly, 0 if collapsed", embedding_rank=f"1 if collapsed; at most {min(found['pairs'], 128)}",
                 gate_over_transforms="0 if the decoder cannot know what is asked", gate_over_images="0 if the image takes no part",
-                oldest_key="steps", mean_key="steps", own_keys="false negatives in the queue",
-                gradient_contrast="at F^l, weighted", gradient_reconstruction="at F^l, weighted", gradient_cosine="below 0: at odds")
+                keys="in the queue", horizon="steps over which the momentum encoder averages", oldest_key="steps; many times the horizon is stale",
+                mean_key="steps", own_keys=f"false negatives of {found.get('keys')} keys", own_share="of the keys; above 0.05 they are many",
+                gradient_contrast="at F^l, weighted", gradient_reconstruction="at F^l, weighted; a tenth of the contrast's or ten times as much, and one of them rules",
+                gradient_cosine="1 if they agree, 0 if unrelated, below 0 if at odds")
     errors = {k: f"{found[k] / found['error_right']:.2f} times error_right" for k in found if k.startswith("error_") and found["error_right"] > 0}
     maps = {k: f"{found[k] / found['carried_intact']:.2f} times carried_intact" for k in found if k.startswith("carried_")}
     return {k: said.get(k) or errors.get(k) or maps.get(k, "") for k in found}
@@ -116,18 +134,21 @@ def references(
 # %% ../nbs/18a_verdict.ipynb #e06388be
 def _collapsed(f: dict) -> str | None:
     if f.get("logit_gap", 1) < 0.05: return f"the logit gap on {f['images']} held-out images is {f['logit_gap']:.3f}, so images are not told apart"
-    if f["rank"] < 2: return f"the features' effective rank is {f['rank']:.1f}, with {f['width']} channels"
-
-
-def _deaf(f: dict) -> str | None:
-    if f.get("wrong_over_right", 3) < 1.1: return f"the error to wrong answers is {f['wrong_over_right']:.2f} times that to the right one, so the request makes no difference"
+    most = min(f.get("pairs", f["images"]), f["width"])
+    if f["rank"] < min(2, 1 + 0.1 * (most - 1)): return f"the features' effective rank is {f['rank']:.1f}, where {most} are possible"
 
 
 def _leaning(f: dict) -> str | None:
     skips = [f[k] - f["carried_intact"] for k in f if k.startswith("carried_skip") and k.endswith("zeroed")]
     if not skips or f["obedience"] >= SOUND["obedience"]: return None
-    lost = f["carried_deepest_zeroed"] - f["carried_intact"]
-    if lost < 0.1 * max(skips): return f"without the deepest map the error rises by {lost:.4f}, without a skip connection by {max(skips):.4f}"
+    lost, copied = f["carried_deepest_zeroed"] - f["carried_intact"], f.get("copied", 0)
+    if lost >= 0.1 * max(skips) or copied < 0.5 and _deaf(f): return None
+    said = f"without the deepest map the error rises by {lost:.4f}, without a skip connection by {max(skips):.4f}"
+    return f"{said}; {copied:.0%} of the answers are the crop as it was" if copied >= 0.5 else said
+
+
+def _deaf(f: dict) -> str | None:
+    if f.get("wrong_over_right", 3) < 1.1: return f"the error to wrong answers is {f['wrong_over_right']:.2f} times that to the right one, so the request makes no difference"
 
 
 def _under_trained(f: dict) -> str | None:
@@ -137,7 +158,7 @@ def _under_trained(f: dict) -> str | None:
     if short: return "; ".join(short)
 
 
-FAULTS = {"collapsed": _collapsed, "deaf to T": _deaf, "leaning on skips": _leaning, "under-trained": _under_trained}
+FAULTS = {"collapsed": _collapsed, "leaning on skips": _leaning, "deaf to T": _deaf, "under-trained": _under_trained}
 
 
 def judge(
@@ -146,7 +167,8 @@ def judge(
     "The verdict on a run."
     for word, fault in FAULTS.items():
         if reason := fault(found): return word, reason
-    return "sound", ", ".join(f"{name} {found[name]:.2f}" for name in SOUND if name in found)
+    few = f"; on {found['images']} images, of which {IMAGES} are wanted: with more of them top1 falls" if found["images"] < IMAGES and "top1" in found else ""
+    return "sound", ", ".join(f"{name} {found[name]:.2f}" for name in SOUND if name in found) + few
 
 # %% ../nbs/18a_verdict.ipynb #32ed360d
 def errors_figure(
@@ -167,15 +189,15 @@ def errors_figure(
 def diagnose_run(
     run: str | Path,  # a run folder of `pcrl pretrain`
     out: str | Path,  # folder for diagnose.csv and diagnose.html
-    store: str | Path | None = None,  # held-out images; None: those that the run kept for validation
+    store: str | Path | None = None,  # of images, from which those that the run was trained on are left out; None: its own
 ) -> tuple[str, str]:  # the verdict and its reason
     """Measure a run after its last whole epoch, and write a table and a page.
 
     Raises FileNotFoundError if the run or its store is not there, ValueError if it is no pretraining run."""
-    model, config, out = load_method(run), read_config(run), Path(out)
-    crops = held_out_crops(run, store)
-    trained_on = config["steps_per_epoch"] * config["batch_size"] // config["loaders"]["pairs_per_image"]
-    found = measure(model, crops, trained_on, config["loaders"]["pairs_per_image"], config["batch_size"])
+    model, config, out = load_method(run).to(default_device()), read_config(run), Path(out)
+    crops, images = held_out_crops(run, store)
+    crops, pairs = crops.to(default_device()), config["loaders"]["pairs_per_image"]
+    found = measure(model, crops, images, config["steps_per_epoch"] * config["batch_size"] // pairs, pairs, config["batch_size"])
     table = pd.DataFrame(dict(name=found.keys(), value=found.values(), reference=references(found, model.dims).values()))
     write_whole(out / "diagnose.csv", lambda p: table.to_csv(p, index=False))
     word, reason = judge(found)
