@@ -55,7 +55,9 @@ def variants(
              "paper's crops": ("crop_scales",), "slow": ("lr", "warmup")}
     turned_back = {f"robust, {name}": replace(robust, **_back(dims, *settings)) for name, settings in backs.items()}
     weights = {f"robust, contrast weight {w}": replace(robust, contrast_weight=w) for w in (0.3, 0.1, 0.03, 0.01) if w != robust.contrast_weight}
-    return cures | _ladder(cures["literal, faster"], robust) | dict(robust=robust) | turned_back | weights | {"contrast alone": replace(robust, reconstruction_weight=0.0)}
+    alone = replace(robust, reconstruction_weight=0.0)
+    faster_alone = {f"contrast alone, weight {w}": replace(alone, contrast_weight=w) for w in (0.03, 0.1, 0.3, 1.0) if w != robust.contrast_weight}
+    return cures | _ladder(cures["literal, faster"], robust) | dict(robust=robust) | turned_back | weights | {"contrast alone": alone} | faster_alone
 
 # %% ../nbs/18b_why.ipynb #4130e088
 @dataclass(frozen=True)
