@@ -40,7 +40,7 @@ def pair_of_each(
     cut = CropPairs(images, seed=seed, **{k: v for k, v in loaders.items() if k not in ("bs", "pairs_per_image", "steps")})
     return torch.from_numpy(np.stack([cut[divmod(i, len(images))] for i in range(pairs or len(images))]))
 
-
+# %% ../nbs/18a_verdict.ipynb #a54eb33d
 def _held_out(config: dict, store: str | Path | None) -> Store:
     "Images that a run was not trained on: of its own store, or of another."
     own = Path(config["store"])
@@ -84,7 +84,7 @@ def _told_apart(model: nn.Module, views, images: int, bs: int) -> dict[str, floa
     with evaluating(model), torch.no_grad(): g_o, g_m = embed("o"), embed("m")
     return held_out_contrast(g_o, g_m, model.queue.keys, torch.arange(len(g_o), device=g_o.device) % images)
 
-
+# %% ../nbs/18a_verdict.ipynb #69dbe39d
 def measure(
     model: nn.Module,  # a whole method
     crops: Tensor,  # two of each pair, (B, 2, C, [D,] H, W), on the model's device

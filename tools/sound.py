@@ -13,7 +13,7 @@ from pcrl.store import Store, build_store
 from pcrl.timing import conditions
 from pcrl.why import curve_points
 
-root, KEY = Path(__file__).resolve().parent.parent, ["dims", "method", "seed"]
+root, KEY = Path(__file__).resolve().parent.parent, ["dims", "method", "width", "seed"]
 DATA = {2: ("nih_cxr14_subset", "labels.csv", "images/{image}", dict(size=256)),
         3: ("hippocampus", "splits.csv", "imagesTr/{case}.nii.gz", dict(spacing=(1.0, 1.0, 1.0)))}
 
@@ -72,12 +72,14 @@ if __name__ == "__main__":
     parser.add_argument("--dims", type=int, nargs="+", default=[2, 3], choices=[2, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--width", type=int, help="channels of the first level; what the command chooses if left out")
     parser.add_argument("--out", type=Path, default=root / "results", help="folder of sound.csv")
     parser.add_argument("--runs", type=Path, default=root / "sound", help="folder of stores and runs")
     args = parser.parse_args()
     for seed in args.seeds:
         for dims in args.dims:
-            store, run, alone = kit_store(dims, Path(os.environ["PCRL_DATA"]), args.runs), *(args.runs / f"{dims}d-{name}-seed{seed}" for name in ("pcrl", "contra"))
-            pretrain(store, dims, run, seed, args.minutes)
+            store, width = kit_store(dims, Path(os.environ["PCRL_DATA"]), args.runs), f"-width{args.width}" if args.width else ""
+            run, alone = (args.runs / f"{dims}d-{name}{width}-seed{seed}" for name in ("pcrl", "contra"))
+            pretrain(store, dims, run, seed, args.minutes, *(["--width", args.width] if args.width else []))
             contrast_alone(run, alone)
             keep(pd.concat([figures(run, "pcrl", args.minutes), figures(alone, "contra", args.minutes)]), args.out / "sound.csv")
