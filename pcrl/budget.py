@@ -86,7 +86,7 @@ class Plan:
     epochs: int
     steps: int  # in all
     seconds: float  # measured, a step
-    steps_per_epoch: int | None = None  # of a part of the images; None: of all, as in runs of before there was a choice
+    steps_per_epoch: int  # of all pairs, or of a random part of them
 
     def __str__(self):
         crop = "x".join(map(str, self.crop))
