@@ -17,40 +17,52 @@ from .ablations import SCALES, Results, arms, table1, table2
 from .report import figure_html, paired_interval, paragraph, table_html, write_page
 
 # %% ../nbs/18c_reproduce.ipynb #3faa4809
+def _outcome(
+    pairs: dict[str, float],  # low and high, from `paired_interval`
+    seeds: dict[str, float],  # likewise
+) -> str:
+    "What two intervals of one difference say together."
+    above, below = (tuple(test(d) for d in (pairs, seeds)) for test in (lambda d: d["low"] > 0, lambda d: d["high"] < 0))
+    return "wins" if all(above) else "loses" if all(below) else "leads" if above[0] else "trails" if below[0] else "ties"
+
+
 def compare(
     table: pd.DataFrame,  # of `Results`
     baseline: str,  # method
     method: str = "pcrl",
     recipe: str = "robust",  # of both, or of `method` where the baseline has none
-) -> pd.DataFrame:  # a row for each set and ratio: pairs, means, difference, low, high (95 %), p, outcome
-    "Method against baseline, pair by pair."
+) -> pd.DataFrame:  # a row for each set and ratio: pairs, means, difference, low, high (95 %), p; seeds, seeds_low, seeds_high, seeds_p; outcome
+    "Method against baseline, over pairs of runs and over seeds."
     main, rows = table[table.metric.isin(["auc", "dice"])], []
     for (data, ratio), part in main.groupby(["data", "ratio"], sort=False):
         of = lambda name: part[(part.method == name) & part.recipe.isin([recipe, "none"])].set_index(["seed", "split"]).value
         both = pd.concat([of(method), of(baseline)], axis=1, keys=["method", "baseline"], join="inner")
         if len(both) < 2: continue
-        d = paired_interval(both.method, both.baseline)
-        outcome = "wins" if d["low"] > 0 else "loses" if d["high"] < 0 else "ties"
+        each = both.groupby("seed").mean()
+        d, s = (paired_interval(v.method, v.baseline) for v in (both, each))
         rows.append(dict(data=data, ratio=ratio, method=method, baseline=baseline, recipe=recipe, pairs=len(both), mean=both.method.mean(), baseline_mean=both.baseline.mean(),
-                         difference=d["mean"], low=d["low"], high=d["high"], p=d["p"], outcome=outcome))
+                         difference=d["mean"], low=d["low"], high=d["high"], p=d["p"], seeds=len(each), seeds_low=s["low"], seeds_high=s["high"], seeds_p=s["p"], outcome=_outcome(d, s)))
     return pd.DataFrame(rows)
+
+# %% ../nbs/18c_reproduce.ipynb #3faa4810
+def _p(p: float) -> str: return "not known" if np.isnan(p) else f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
 def outcome_sentence(
     compared: pd.DataFrame,  # from `compare`
 ) -> str:
-    "Where a method wins, ties and loses, in plain words."
+    "Where a method wins, leads, ties, trails and loses, in plain words."
     if not len(compared): return "There are no pairs to compare yet."
     first = compared.iloc[0]
-    each = lambda part: ", ".join(f"{r.data} at {r.ratio:.1%} {r.difference:+.3f}, p {r.p:.3f}" for r in part.itertuples())
-    parts = {word: compared[compared.outcome == word] for word in ("wins", "ties", "loses")}
+    each = lambda part: ", ".join(f"{r.data} at {_share(r.ratio)} {r.difference:+.3f}, p {_p(r.p)} over {r.pairs} pairs and {_p(r.seeds_p)} over {r.seeds} seeds" for r in part.itertuples())
+    parts = {word: compared[compared.outcome == word] for word in ("wins", "leads", "ties", "trails", "loses")}
     said = [f"{word} {len(part)} of {len(compared)} ({each(part)})" for word, part in parts.items() if len(part)]
     return f"{first.method} ({first.recipe}) against {first.baseline}: {'; '.join(said)}."
 
-# %% ../nbs/18c_reproduce.ipynb #fe4a5c96
+
 def _share(ratio: float) -> str: return f"{ratio:.1%}".replace(".0%", "%")
 
-
+# %% ../nbs/18c_reproduce.ipynb #fe4a5c96
 def ablations_figure(
     table: pd.DataFrame,  # of `Results`
     recipe: str = "robust",
@@ -82,14 +94,15 @@ def _shown(compared: pd.DataFrame) -> pd.DataFrame:
     "What `compare` found, for reading."
     one = compared.iloc[0]
     row = lambda r: {"data": r.data, "labelled": _share(r.ratio), "pairs": r.pairs, one.method: f"{r.mean:.3f}", one.baseline: f"{r.baseline_mean:.3f}",
-                     "difference": f"{r.difference:+.3f}", "95 %": f"{r.low:+.3f} to {r.high:+.3f}", "p": f"{r.p:.3f}", "outcome": r.outcome}
+                     "difference": f"{r.difference:+.3f}", "95 %": f"{r.low:+.3f} to {r.high:+.3f}", "p": _p(r.p),
+                     "seeds": r.seeds, "95 % over seeds": f"{r.seeds_low:+.3f} to {r.seeds_high:+.3f}", "p over seeds": _p(r.seeds_p), "outcome": r.outcome}
     return pd.DataFrame(list(map(row, compared.itertuples())))
 
 
 def ablations_page(
     out: str | Path,  # folder with ablations.csv
 ) -> Path:  # of ablations.html
-    "All tables, the figure, and where PCRL wins, ties and loses."
+    "All tables, the figure, and where PCRL wins, leads, ties, trails and loses."
     table, content = Results(Path(out) / "ablations.csv").table, {}
     probes, few = table[table.metric.str.endswith("accuracy")], table[table.metric.isin(["auc", "dice"])]
     if len(probes): content["Frozen encoders (Table 1)"] = [
