@@ -72,7 +72,7 @@ def queue_facts(
     behind, epoch = keys / keys_per_pair, images * pairs_per_image
     before = behind ** 2 / (2 * epoch)
     own = (behind - before) * (pairs_per_image - 1) / max(epoch - 1, 1) + before * pairs_per_image / epoch
-    return dict(oldest_key=behind / bs, mean_key=behind / bs / 2, own_keys=keys_per_pair * own, own_share=own / behind)
+    return dict(oldest_key=behind / bs, mean_key=behind / bs / 2, own_keys=keys_per_pair * own, own_share=own / behind if keys else math.nan)
 
 # %% ../nbs/11a_instruments.ipynb #da4b1271
 def _changed(level: int, how: Callable) -> Callable:
