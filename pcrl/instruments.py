@@ -85,14 +85,15 @@ def carried(
     model: nn.Module,  # with `reconstruct(images, vec, change)`
     shown: Tensor,  # what it sees, (B, C, [D,] H, W), [0, 1]
     clean: Tensor,  # what the transforms are asked of, as `shown`
-    bs: int | None = None,  # images in a pass, an even number; None: all
+    bs: int | None = None,  # images in a pass, or one less, or two: neighbours stay together; None: all
 ) -> dict[str, float]:  # mean squared errors: carried_intact; carried_deepest_shuffled, .._zeroed; carried_skip1_shuffled, ..
     "The error when one of the decoder's maps is that of another image, or zero."
     every, levels, n = distinct_transforms(shown.ndim - 2, shown.device), [], len(shown) // 2 * 2
     vec = every[torch.arange(n, device=shown.device) // 2 % len(every)]  # two neighbours are asked for the same, so that exchanging their maps changes the image alone
     partner = lambda f: f[torch.arange(len(f), device=f.device) ^ 1]
-    parts = [*zip(*(x.split(bs or n) for x in (shown[:n], vec, apply_transforms(clean[:n], vec))))]
-    error = lambda change: sum((model.reconstruct(x, v, change).float() - right).square().mean().item() * len(x) for x, v, right in parts) / n
+    right, even = apply_transforms(clean[:n], vec), max(2, (bs or n) // 2 * 2)
+    parts = [*zip(shown[:n].split(even), vec.split(even))]
+    error = lambda change: (torch.cat([model.reconstruct(*part, change) for part in parts]).float() - right).square().mean().item()
     with evaluating(model):
         out = dict(carried_intact=error(lambda pyramid: levels.append(len(pyramid)) or pyramid))
         for i in range(levels[0]):

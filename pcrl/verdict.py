@@ -75,7 +75,7 @@ def _heard(model: nn.Module, views, n: int, bs: int) -> dict[str, float]:
     shown, asked_of = views.corrupt_o[:n], views[f"{model.recipe.target}_o"][:n]
     with torch.no_grad(): found = obedience(ask_every_transform(model, shown, bs), asked_of)
     names = {k: f"error_{k}" for k in ("right", "wrong", "mean", "average", "untransformed", "template")}
-    return {names.get(k, k): v for k, v in found.items() if k != "chance"} | gate_spread(model, shown, bs) | carried(model, shown, asked_of, max(2, bs // 2 * 2))
+    return {names.get(k, k): v for k, v in found.items() if k != "chance"} | gate_spread(model, shown, bs) | carried(model, shown, asked_of, bs)
 
 
 def _told_apart(model: nn.Module, views, images: int, bs: int) -> dict[str, float]:
