@@ -212,17 +212,19 @@ def _ratio(cases: Cases, labelled: int) -> float: return round(labelled / cases.
 def _tune_arm(results, trial, cases, method, recipe, seed, first, init, draws):
     "Finetune and test an arm with a seed, with all draws and numbers of labels; learning rate and schedule are those of the `first` seed. `init` gives a seed's run."
     key, middle = dict(data=cases.name, method=method, recipe=recipe), trial.labelled[len(trial.labelled) // 2]
-    arm = cache(partial(finetune_arm, cases, trial))  # the way that is chosen has been tested
+    drawn = lambda labelled: draws if labelled < cases.split.count("train") else draws[:1]  # all cases are one draw
+    arm = cache(partial(finetune_arm, cases, trial))  # by its chosen way the first seed has been tested already
     def choose():
         ways = [*product(trial.lrs, trial.schedules)]
-        tried = [arm(middle, init(first), first, 0, *way) for way in ways]
-        best = int(np.argmax([valid.get("valid_auc", -valid["valid_loss"]) for _, valid, _ in tried]))
+        tried = [[arm(middle, init(first), first, draw, *way) for draw in drawn(middle)] for way in ways]
+        valid = [pd.DataFrame([v for _, v, _ in runs]).mean().to_dict() for runs in tried]
+        best = int(np.argmax([v.get("valid_auc", -v["valid_loss"]) for v in valid]))
         lr, schedule = ways[best]
-        return dict(lr=lr, schedule=SCHEDULES.index(schedule), **tried[best][1]), sum(seconds for *_, seconds in tried)
+        return dict(lr=lr, schedule=SCHEDULES.index(schedule), **valid[best]), sum(seconds for runs in tried for *_, seconds in runs)
     chosen = results.add(choose, split="valid", ratio=_ratio(cases, middle), seed=first, **key)
     way = chosen["lr"], SCHEDULES[int(chosen.get("schedule", 0))]  # rows of before there was a choice have none
     for labelled in trial.labelled:
-        for draw in draws if labelled < cases.split.count("train") else draws[:1]:  # all cases are one draw
+        for draw in drawn(labelled):
             tune = lambda: arm(labelled, init(seed), seed, draw, *way)[::2]
             results.add(tune, split=str(draw), ratio=_ratio(cases, labelled), seed=seed, **key)
 

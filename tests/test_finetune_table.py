@@ -19,6 +19,7 @@ def test_the_table_goes_on_where_it_was(tmp_path, capsys):
     toy = Trial(lambda kit: brain, (32, 32), 4, 16, 1, 1, (2,), 2, 8, (1e-3, 3e-3), (32, 32), 16, ("full",))
     cells, results = [toy, replace(toy, labelled=(12,), tune_crops=24)], Results(tmp_path / "finetune.csv")
     assert [finetunings_left(results, brain, t, [0, 1], [0]) for t in cells] == [2 * (1 + 2), 2 * (1 + 2)]
+    assert [finetunings_left(results, brain, t, [0, 1], [0, 1]) for t in cells] == [2 * (2 + 4), 2 * (1 + 2)]    # a choice by all draws; all cases are one
     make(results, brain, cells[:1], tmp_path / "runs", [0, 1], [0])
     told = capsys.readouterr().out
     assert "brain: " in told and "with 2 labelled 6 finetunings" in told

@@ -31,10 +31,10 @@ def finetunings_left(results: Results, cases: Cases, trial: Trial, seeds: Sequen
     n, = trial.labelled
     ratio, train = round(n / cases.split.count("train"), 4), cases.split.count("train")
     there = lambda **key: len(results.rows(data=cases.name, ratio=ratio, **key)) > 0
-    left = 0
+    drawn, left = draws if n < train else draws[:1], 0
     for method, recipe in METHODS:
-        left += (len(trial.lrs) * len(trial.schedules) - 1) * (not there(method=method, recipe=recipe, split="valid"))  # the way that is chosen is tested too
-        left += sum(not there(method=method, recipe=recipe, split=draw, seed=seed) for seed in seeds for draw in (draws if n < train else draws[:1]))
+        left += (len(trial.lrs) * len(trial.schedules) - 1) * len(drawn) * (not there(method=method, recipe=recipe, split="valid"))  # the way that is chosen is tested too
+        left += sum(not there(method=method, recipe=recipe, split=draw, seed=seed) for seed in seeds for draw in drawn)
     return left
 
 
