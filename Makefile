@@ -2,7 +2,7 @@ PYTHON ?= python3
 min_python := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 in_venv := . .venv/bin/activate &&
 
-.PHONY: help setup demo results test test-slow kill-resume fuzz export readme docs why sound ablations finetune-table bench
+.PHONY: help setup demo results test test-slow kill-resume fuzz export readme docs why sound ablations ablations-long finetune-table bench
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -58,6 +58,11 @@ ablations: setup  ## make Tables 1 and 2 of the paper again, runs in ablations/,
 	mkdir -p ablations; test -e ablations/ablations.csv || cp results/ablations.csv ablations/
 	$(in_venv) export OMP_NUM_THREADS=1; pcrl reproduce table1 --out ablations && pcrl reproduce table2 --out ablations
 	cp ablations/ablations.csv results/
+
+ablations-long: setup  ## few labels again after three times the pretraining, runs in ablations-long/, table in results/ablations-long.csv; reads PCRL_DATA, days on a CPU
+	mkdir -p ablations-long; test -e ablations-long/ablations.csv || cp results/ablations-long.csv ablations-long/ablations.csv
+	$(in_venv) export OMP_NUM_THREADS=1; pcrl reproduce table2 --scale long --recipe robust --method contra --method pcrl --out ablations-long
+	cp ablations-long/ablations.csv results/ablations-long.csv
 
 finetune-table: setup  ## measure PCRL against scratch with few, 10 % and all labels, runs in finetune/, table in results/finetune.csv; reads PCRL_DATA, hours on a CPU
 	$(in_venv) OMP_NUM_THREADS=1 python tools/finetune_table.py

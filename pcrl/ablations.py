@@ -76,8 +76,10 @@ SMALL = dict(
     nih_cxr14_subset=Trial(_nih, (64, 64), 16, 32, 1, 14, (32, 64, 273), 40, 16, (3e-4, 1e-3)),
     hippocampus=Trial(_hippocampus, (16, 16, 16), 16, 16, 6, 50, (1, 2, 5), 24, 4, (1e-3, 3e-3), (32, 32, 32), 24),
     adrenalmnist3d=Trial(_adrenal, (16, 16, 16), 16, 16, 1, 27, (24, 119, 1188), 24, 16, (3e-4, 1e-3)))
-SCALES = dict(small=SMALL, smoke={data: replace(t, epochs=1, pairs_per_image=1, labelled=t.labelled[1:2], tune_epochs=1, lrs=t.lrs[:1], schedules=t.schedules[:1], probed=16)
-                                  for data, t in SMALL.items()})
+SCALES = dict(
+    small=SMALL,
+    long={data: replace(t, epochs=3 * t.epochs) for data, t in SMALL.items()},
+    smoke={data: replace(t, epochs=1, pairs_per_image=1, labelled=t.labelled[1:2], tune_epochs=1, lrs=t.lrs[:1], schedules=t.schedules[:1], probed=16) for data, t in SMALL.items()})
 
 # %% ../nbs/15_ablations.ipynb #82d165bc
 def pretrain_arm(

@@ -370,7 +370,7 @@ def reproduce(
     table: Annotated[str, typer.Argument(metavar="TABLE", help=(
         "`table1`: what frozen encoders tell of rotation and relative position; `table2`: finetuning on few labels."))],
     out: Annotated[Path, typer.Option(help="Folder for ablations.csv, ablations.html and the runs; what is there already is not made again.")],
-    scale: Annotated[str, typer.Option(help="`small`: a day or two on a CPU; `smoke`: a few steps, to see that everything runs.")] = "small",
+    scale: Annotated[str, typer.Option(help="`small`: a day or two on a CPU; `long`: with three times the pretraining; `smoke`: a few steps, to see that everything runs.")] = "small",
     data: Annotated[list[str] | None, typer.Option(help="A set of the data kit; give it again for more. All if left out.")] = None,
     recipe: Annotated[list[str], typer.Option(help="`robust` or `paper`; give it again for more.")] = ["robust", "paper"],
     method: Annotated[list[str] | None, typer.Option(help="An arm, see the notebook `ablations`; give it again for more. All if left out.")] = None,
