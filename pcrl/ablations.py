@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/ablations.html.md"""
 
 # %% auto #0
 __all__ = ['SMALL', 'SCALES', 'COLUMNS', 'arms', 'Trial', 'pretrain_arm', 'pretrained_arm', 'finetune_arm', 'commit_or_version',
-           'Results', 'table1', 'table2']
+           'Results', 'table1', 'labelled_ratio', 'different_draws', 'table2']
 
 # %% ../nbs/15_ablations.ipynb #2002c42f
 import subprocess, tempfile, time
@@ -208,27 +208,40 @@ def table1(
             add(partial(trained, method, recipe, seed), method=method, recipe=_name(recipe), seed=seed)
 
 # %% ../nbs/15_ablations.ipynb #5ec2f5db
-def _ratio(cases: Cases, labelled: int) -> float: return round(labelled / cases.split.count("train"), 4)
+def labelled_ratio(
+    cases: Cases,
+    labelled: int,  # train cases
+) -> float:  # of all train cases
+    "The share of labelled cases, as tables of results have it."
+    return round(labelled / cases.split.count("train"), 4)
+
+
+def different_draws(
+    cases: Cases,
+    labelled: int,  # train cases
+    draws: Sequence[int],
+) -> Sequence[int]:
+    "All of the draws, or the first where all train cases are labelled."
+    return draws if labelled < cases.split.count("train") else draws[:1]
 
 
 def _tune_arm(results, trial, cases, method, recipe, seed, first, init, draws):
     "Finetune and test an arm with a seed, with all draws and numbers of labels; learning rate and schedule are those of the `first` seed. `init` gives a seed's run."
     key, middle = dict(data=cases.name, method=method, recipe=recipe), trial.labelled[len(trial.labelled) // 2]
-    drawn = lambda labelled: draws if labelled < cases.split.count("train") else draws[:1]  # all cases are one draw
     arm = cache(partial(finetune_arm, cases, trial))  # by its chosen way the first seed has been tested already
     def choose():
         ways = [*product(trial.lrs, trial.schedules)]
-        tried = [[arm(middle, init(first), first, draw, *way) for draw in drawn(middle)] for way in ways]
+        tried = [[arm(middle, init(first), first, draw, *way) for draw in different_draws(cases, middle, draws)] for way in ways]
         valid = [pd.DataFrame([v for _, v, _ in runs]).mean().to_dict() for runs in tried]
         best = int(np.argmax([v.get("valid_auc", -v["valid_loss"]) for v in valid]))
         lr, schedule = ways[best]
         return dict(lr=lr, schedule=SCHEDULES.index(schedule), **valid[best]), sum(seconds for runs in tried for *_, seconds in runs)
-    chosen = results.add(choose, split="valid", ratio=_ratio(cases, middle), seed=first, **key)
+    chosen = results.add(choose, split="valid", ratio=labelled_ratio(cases, middle), seed=first, **key)
     way = chosen["lr"], SCHEDULES[int(chosen.get("schedule", 0))]  # rows of before there was a choice have none
     for labelled in trial.labelled:
-        for draw in drawn(labelled):
+        for draw in different_draws(cases, labelled, draws):
             tune = lambda: arm(labelled, init(seed), seed, draw, *way)[::2]
-            results.add(tune, split=str(draw), ratio=_ratio(cases, labelled), seed=seed, **key)
+            results.add(tune, split=str(draw), ratio=labelled_ratio(cases, labelled), seed=seed, **key)
 
 
 def table2(

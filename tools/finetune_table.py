@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from pcrl.ablations import SCALES, Results, Trial, arms, finetune_arm, pretrain_arm, table2
+from pcrl.ablations import SCALES, Results, Trial, arms, different_draws, finetune_arm, labelled_ratio, pretrain_arm, table2
 from pcrl.cases import Cases
 from pcrl.reproduce import compare, outcome_sentence
 
@@ -29,9 +29,8 @@ def trials(data: str, scale: str) -> list[Trial]:
 def finetunings_left(results: Results, cases: Cases, trial: Trial, seeds: Sequence[int], draws: Sequence[int]) -> int:
     "Those whose rows are missing."
     n, = trial.labelled
-    ratio, train = round(n / cases.split.count("train"), 4), cases.split.count("train")
-    there = lambda **key: len(results.rows(data=cases.name, ratio=ratio, **key)) > 0
-    drawn, left = draws if n < train else draws[:1], 0
+    there = lambda **key: len(results.rows(data=cases.name, ratio=labelled_ratio(cases, n), **key)) > 0
+    drawn, left = different_draws(cases, n, draws), 0
     for method, recipe in METHODS:
         left += (len(trial.lrs) * len(trial.schedules) - 1) * len(drawn) * (not there(method=method, recipe=recipe, split="valid"))  # the way that is chosen is tested too
         left += sum(not there(method=method, recipe=recipe, split=draw, seed=seed) for seed in seeds for draw in drawn)
