@@ -6,15 +6,15 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Split', 'Out', 'Epochs', 'Resume', 'Every', 'main',
-           'one_sentence', 'stoppable', 'DemoData', 'demo', 'parse_crop', 'above_zero', 'pretrain', 'diagnose', 'split',
-           'name_each', 'ManyRatios', 'finetune', 'predict', 'compare', 'export', 'bench', 'reproduce', 'progress',
-           'store', 'check']
+           'one_sentence', 'stoppable', 'log_by_epoch', 'DemoData', 'demo', 'parse_crop', 'above_zero', 'pretrain',
+           'diagnose', 'split', 'name_each', 'ManyRatios', 'finetune', 'predict', 'compare', 'export', 'bench',
+           'reproduce', 'progress', 'store', 'check']
 
 # %% ../nbs/20_cli.ipynb #18391989
-import math, os, signal, threading, warnings
+import math, os, signal, sys, threading, warnings
 from contextlib import contextmanager
 from enum import Enum
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +65,16 @@ def stoppable():
         raise RunStopped(f"stopped by {e}: give the command again, with --resume if it has begun to fill OUT") from None
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
+
+# %% ../nbs/20_cli.ipynb #05eea245
+@contextmanager
+def log_by_epoch():
+    "Where the output is no terminal, leave out fastai's bar, and write the row of an epoch at once."
+    from fastprogress import fastprogress
+    before = fastprogress.NO_BAR, fastprogress.WRITER_FN
+    if not sys.stdout.isatty(): fastprogress.NO_BAR, fastprogress.WRITER_FN = True, partial(print, flush=True)
+    try: yield
+    finally: fastprogress.NO_BAR, fastprogress.WRITER_FN = before
 
 # %% ../nbs/20_cli.ipynb #a60202be
 class DemoData(str, Enum):
@@ -134,6 +144,7 @@ Every = Annotated[int | None, typer.Option("--checkpoint-every", min=1, metavar=
 @app.command()
 @one_sentence
 @stoppable()
+@log_by_epoch()
 def pretrain(
     src: Annotated[Path, typer.Argument(metavar="SRC", help=(
         "A folder of images, searched with all its subfolders; a data set as published, whose test part is left out; or a store."))],
@@ -242,6 +253,7 @@ class ManyRatios(typer.core.TyperCommand):
 @app.command(cls=ManyRatios)
 @one_sentence
 @stoppable()
+@log_by_epoch()
 def finetune(
     src: Annotated[Path, typer.Argument(metavar="SRC", help=(
         "A folder with `images/` and either `masks/` (files of the same names: segmentation) or `labels.csv` (columns image, optionally "
