@@ -154,8 +154,8 @@ class Results:
         path: str | Path,  # of the file; it need not be there yet
     ):
         self.path = Path(path)
-        kinds = dict(commit=str, split=str)
-        self.table = pd.read_csv(self.path, dtype=kinds) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
+        names = dict.fromkeys(("data", "split", "method", "recipe", "metric", "commit"), str)
+        self.table = pd.read_csv(self.path, dtype=names, keep_default_na=False, na_values=[""]) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
 
     def rows(self,
         **key,  # values of some columns

@@ -9,6 +9,7 @@ __all__ = ['LabelledImages', 'LabelledLoader', 'classify_loaders', 'Classifier',
            'load_init_', 'classify_learner', 'predict_probabilities']
 
 # %% ../nbs/12_classify.ipynb #ba3afbaf
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -160,18 +161,19 @@ def load_init_(
     init: str | Path | None,  # None or "scratch"; "imagenet"; a run folder; a file of weights
     decoder: bool = False,  # whether a run's decoder is wanted too
 ):
-    """Put starting weights into a network; says what fitted where that is not plain.
+    """Put starting weights into a network, all but its last layer; says what fitted where that is not plain.
 
     Raises FileNotFoundError if there is no such run or file, ValueError if it is of another network."""
     check_init(init, unet.dims)
     if init in (None, "scratch"): return
     if init == "imagenet": return print(load_imagenet(unet.encoder, unet.config["backbone"]))
     is_run = (Path(init) / "config.json").exists()
-    parts = pretrained_parts(init) if is_run and decoder else ("encoder",)
+    parts, last = pretrained_parts(init) if is_run and decoder else ("encoder",), deepcopy(unet.decoder.head.state_dict())
     if is_run and read_config(init).get("in_channels", 1) == unet.in_channels: load_weights_(unet, init, parts)
     else:
         print(load_encoder(init, unet.encoder))
         if "decoder" in parts: load_weights_(unet, init, ("decoder",))
+    unet.decoder.head.load_state_dict(last)  # which of a reconstruction of four contrasts has the shape that three classes want
 
 # %% ../nbs/12_classify.ipynb #0ae78127
 def classify_learner(

@@ -167,7 +167,7 @@ def pretrain(
     window: Window = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read crops.")] = 0,
     split: Split = None,
-    seed: Annotated[int, typer.Option(help="Of the split, the starting weights and all views.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the starting weights and all views.")] = 0,
     every: Every = None,
     resume: Resume = False,
 ):
@@ -184,7 +184,7 @@ def pretrain(
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
     crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
     spacing, size = (spacing or r.spacing or (1.0, 1.0, 1.0), None) if dims == 3 else (None, size)
-    store = p.open_store(src, images, dims, spacing, size, window or r.window, seed, split)
+    store = p.open_store(src, images, dims, spacing, size, window or r.window, split=split)
     loaders = lambda **chosen: p.store_loaders(store, valid=valid, seed=seed, num_workers=workers, **crops | chosen)
     plan = None
     if minutes is not None:
@@ -286,7 +286,7 @@ def finetune(
     window: Window = None,
     split: Split = None,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps prepared images for this and later runs; OUT-cases if left out.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the split; and, for the first repeat, of the labelled cases, the order and the starting weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first repeat's labelled cases, order and starting weights.")] = 0,
     every: Every = None,
     resume: Resume = False,
 ):
@@ -301,7 +301,7 @@ def finetune(
     box, own = parse_crop(crop, dims), out.with_name(f"{out.name}-cases")
     if cache is None and own.exists() and not any(out.glob("**/config.json")): resume = False  # stopped while it prepared cases, it begins
     for source in (init, compare): check_init(source, dims)
-    cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else crop and box, window, seed, cache or own, split)
+    cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else crop and box, window, cache=cache or own, split=split)
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
     settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=box, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,

@@ -143,7 +143,7 @@ def efficiency_figure(
 
 # %% ../nbs/18f_efficiency.ipynb #f9e88d2b
 RULE = ("Both arms have the same split, seeds and labelled cases. A gain is claimed where its 95 % intervals over patients and over seeds both leave out 0, with three "
-        f"repeats or more; {TOO_FEW}. Labels saved: at the fewest labelled cases with a gain, how many more the base needs to reach the arm's mean, by straight lines between its own "
+        f"repeats or more; {TOO_FEW}. Labels saved: at the fewest labelled cases with a gain for which the base needs more, how many more it needs to reach the arm's mean, by straight lines between its own "
         "means over the logarithm of labelled cases, at their first crossing. Each number of labelled cases is tested by itself.")
 
 

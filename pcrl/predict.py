@@ -249,12 +249,15 @@ def predict(
 ) -> tuple[int, int]:  # inputs that were predicted, and that were skipped
     """Predict every input: masks in its own geometry and format, or probabilities; `predictions.csv` lists them, `skipped.csv` what could not be read.
 
-    Raises FileNotFoundError or ValueError for a run that cannot predict, FileExistsError if `out` holds predictions already, OSError if it cannot be written."""
+    Raises FileNotFoundError or ValueError for a run that cannot predict, FileExistsError if `out` holds predictions already, or a file that one would replace, OSError if it cannot be written."""
     of, out = load_finetuned(run), Path(out)
     if (out / "predictions.csv").exists() or (out / "skipped.csv").exists(): raise FileExistsError(f"{out} holds predictions already: choose another folder, or remove it first")
     dims, model = of.config["dims"], of.models[0] if len(of.models) == 1 else Ensemble(of.models)
     if flips: model = FlipAverage(model, range(-dims, 0))
     sources, skipped = list_sources(inputs, dims, of.config["preparation"].get("contrasts"))
+    figure_of = lambda name: out / "figures" / f"{name}.png"
+    targets = [path for _, name in sources for path in (*([out / name] if of.config["task"] == "segment" else []), figure_of(name))]
+    if there := [path for path in targets if path.exists()]: raise FileExistsError(f"{there[0]} is there already, and a prediction would replace it: choose another folder")
     rows = []
     try:
         for i, (source, name) in enumerate(sources, 1):
@@ -262,9 +265,8 @@ def predict(
                 volume = _read_for(source, of.config)
                 warned = unlike_seen(volume, of.config["preparation"]) + (_of_place(volume) if of.config["task"] == "segment" else [])
                 for sentence in warned: warnings.warn(f"{source}: {sentence}")
-                figure = out / "figures" / f"{name}.png"
-                if of.config["task"] == "segment": found = dict(mask=name.as_posix()) | _predict_mask_file(of, model, volume, out / name, figure)
-                else: found = _predict_labels(of, volume, figure)
+                if of.config["task"] == "segment": found = dict(mask=name.as_posix()) | _predict_mask_file(of, model, volume, out / name, figure_of(name))
+                else: found = _predict_labels(of, volume, figure_of(name))
                 rows.append(dict(run=of.id, source=printable(source), **found, warning="; ".join(warned)))
                 tell(printable(f"{i}/{len(sources)} {source}"))
             except ValueError as e: skipped.append((str(source), str(e)))

@@ -71,7 +71,7 @@ def cases_preparation(
 ) -> dict | None:  # `preparation`; None for cases that are not whole files
     "How a data set's images are prepared."
     if getattr(cases.images, "read", None) is not read_image: return None
-    learned = [item for item, part in zip(cases.images.items, cases.split) if part != "test"]
+    learned = [item for item, part in zip(cases.images.items, cases.split) if part in ("train", "valid")]
     picked = [learned[i] for i in np.unique(np.linspace(0, len(learned) - 1, files).astype(int))]
     facts = [image_facts(read_volume(path)) for item in picked for path in (item if isinstance(item, tuple) else (item,))]
     values = (cases.targets.settings.get("values") or {}) if isinstance(cases.targets, OnDisk) else {}

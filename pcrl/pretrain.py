@@ -25,7 +25,7 @@ from fastcore.basics import AttrDict
 from torch import nn
 
 from .checkpoints import read_checkpoint
-from .crops import crop_loaders
+from .crops import MIN_IOU, SCALES, crop_loaders
 from .cases import split_by_patient
 from .layouts import pretraining_sources
 from .model import METHODS
@@ -98,11 +98,15 @@ def _check_queue(queue_size: int, crops: int):
 
 
 def _fit_recipe(recipe: Recipe, dls: DataLoaders, settings: dict) -> Recipe:
-    "Fill in what depends on the data: the queue's size unless it was given, and the binary NCE's n, the batches of an epoch."
+    "Fill in what depends on the data: the queue's size unless it was given, the binary NCE's n, the batches of an epoch, and the rules by which the crops are cut."
     pairs = dls.train.n
     _check_queue(settings.get("queue_size", 0), 2 * pairs)
     size = settings.get("queue_size") or queue_size_for(pairs, recipe.queue_size)
-    return replace(recipe, queue_size=size, nce_n=recipe.nce_n or (len(dls.train) if recipe.contrast == "nce" else None))
+    cut, usual = dls.train.dataset, dict(crop_scales=SCALES, min_iou=MIN_IOU)
+    asked = lambda rule: usual[rule][len(cut.size)] if (own := getattr(recipe, rule)) is None and rule in usual else own
+    rules = dict(crop_scales=cut.scales, min_iou=cut.min_iou, air=cut.air, max_air=cut.max_air, margin=cut.margin)
+    others = {rule: value for rule, value in rules.items() if value != asked(rule)}
+    return replace(recipe, queue_size=size, nce_n=recipe.nce_n or (len(dls.train) if recipe.contrast == "nce" else None), **others)
 
 # %% ../nbs/10_pretrain.ipynb #d46ea797
 class EpochCosine(CosineDecay):

@@ -426,6 +426,6 @@ def finetune_learner(
     "A Learner with Adam, warm-up and cosine, that keeps the epoch with the best validation loss."
     cbs = [FiniteGuard(), GrowthGuard(), decay or CosineDecay(warmup=0.1), EpochFigures(), KeepBest(parts, patience)]
     if torch.device(dls.device).type == "cpu": keep_freed_memory()
-    if run is not None: cbs += [RunFolder(run, settings), Forecast(run)]
+    if run is not None: cbs += [RunFolder(run, dict(settings or {}, patience=patience)), Forecast(run)]
     adam = partial(OptimWrapper, opt=torch.optim.Adam)
     return GuardedLearner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)

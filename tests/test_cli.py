@@ -112,6 +112,18 @@ def test_finetune_to_masks_from_a_run_and_from_scratch(run, slices, tmp_path):
     assert all(name in told for name in (" Dice ", " surface Dice ", " HD95 ")) and "wilcoxon_p" not in told and "too few test patients for an interval. Nothing is claimed from one run" in told
 
 
+def test_what_is_tested_later_is_not_pretrained_on(slices, tmp_path):
+    "Where a folder has no split of its own, both commands draw the same, whatever their seeds."
+    names = sorted(p.name for p in (slices / "images").iterdir())
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "images").symlink_to(slices / "images")
+    pd.DataFrame(dict(image=names, bright=[0, 0, 1, 1] * 5)).to_csv(tmp_path / "own" / "labels.csv", index=False)
+    pcrl("pretrain", tmp_path / "own", "--out", tmp_path / "run", "--epochs", 1, "--seed", 1, *SMALL_2D)
+    pcrl("finetune", tmp_path / "own", "--out", tmp_path / "tuned", "--init", tmp_path / "run", "--epochs", 1, "--seed", 2, "--repeats", 1, "--dims", 2, "--size", 64)
+    seen, tested = pd.read_csv(tmp_path / "run-store" / "manifest.csv").volume, pd.read_csv(tmp_path / "tuned" / "predictions.csv").case
+    assert len(tested) and len(seen) + len(tested) == len(names) and not set(seen) & set(tested)
+
+
 @pytest.fixture(scope="module")
 def labelled(slices, tmp_path_factory):
     "The slices with labels in a table: two of each patient, and a split."
