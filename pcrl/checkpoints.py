@@ -324,6 +324,9 @@ class StopOnSignal(Callback):
         if os.getpid() != self.process:  # a worker
             if number == signal.SIGTERM: os._exit(128 + number)
             return
+        if self.learn is None:  # an error ended the fit, and then fastai calls no `after_fit`
+            self.after_fit()
+            return signal.raise_signal(number)
         for cb in self.learn.cbs:
             if isinstance(cb, Checkpoints): cb.stopped_by = signal.Signals(number).name
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])

@@ -176,6 +176,7 @@ def pretrain(
     from pcrl import budget as b, pretrain as p, runs
     from pcrl.checkpoints import StopOnSignal
     from pcrl.recipes import at_size, get_recipe, loader_settings
+    from pcrl.records import file_hash
     for option, value in dict(split=split, spacing=spacing, window=window).items():
         if value is not None and (src / "store.json").exists():
             raise ValueError(f"{src} is a store, which --{option} does not change: leave it out, or give the images that the store was made of")
@@ -188,11 +189,13 @@ def pretrain(
     loaders = lambda **chosen: p.store_loaders(store, valid=valid, seed=seed, num_workers=workers, **crops | chosen)
     plan = None
     if minutes is not None:
+        learned = p.pretraining_parts(store, valid, seed)[0]
+        crops["pairs_per_image"] = b.pairs_to_measure(len(learned), crops["bs"], crops["pairs_per_image"])
         plan = b.kept_plan(out) if resume else b.plan_budget(minutes, loaders, dims, r, b.sizes_that_fit(dims, b.smallest_shape(store), given["size"], width))
         typer.echo(str(plan))
         crops |= dict(size=plan.crop, pairs_per_image=plan.pairs_per_image, steps=plan.steps_per_epoch)
         width, epochs = plan.width, epochs or plan.epochs
-    notes = dict(store=str(store.path.resolve()), valid=valid, loaders=crops, plan=plan and asdict(plan))
+    notes = dict(store=str(store.path.resolve()), manifest=file_hash(store.path / "manifest.csv"), valid=valid, loaders=crops, plan=plan and asdict(plan))
     learn = p.pretrain_learner(loaders(), dims, recipe=at_size(r, crops["size"]), width=width or 64, run=out, seed=seed,
                                data=f"{len(store)} images of {src.name}", notes=notes, **settings)
     learn.run_folder.every = every

@@ -92,6 +92,7 @@ def answers_figure(
     from matplotlib.figure import Figure
     answers, rights = ask_every_transform(model, shown)[0], right_answers(clean)[0]
     names = [transform_name(vec) for vec in distinct_transforms(shown.ndim - 2)]
+    limits = min(0., clean.min().item()), max(1., clean.max().item())                # beyond 0 to 1 where a recipe normalises as ImageNet's networks want it
     fig = Figure(figsize=(8 * 1.35, 4.3 * len(names) / 8), dpi=80, layout="constrained")
     axs = fig.subplots(2 * len(names) // 8, 8, squeeze=False)
     for i, name in enumerate(names):
@@ -101,6 +102,7 @@ def answers_figure(
         _picture(axs[row, col], rights[i], f"asked: {name}")
         nearest = names[errors.argmin()]
         _picture(axs[row + 1, col], answers[i], f"right {errors[i]:.4f}\nwrong {wrong:.4f}\nnearest: {nearest}")
+        for ax in (axs[row, col], axs[row + 1, col]): ax.images[0].set_clim(*limits)
     return fig
 
 # %% ../nbs/11_diagnose.ipynb #1c099d04

@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 
 import torch
 from fastai.learner import Learner
+from torch import nn
 
 from .crops import CropLoader
 
@@ -71,13 +72,14 @@ def _standstill(
 
 # %% ../nbs/08f_faults.ipynb #7a446de5
 def _full_memory(
-    learn: Learner,
     error: Exception,
+    bs: int,  # of the batch that was in hand
+    model: nn.Module,
 ) -> MemoryError | None:  # None: it is another error
     "The batch that does not fit, and what to try."
     gpu = isinstance(error, torch.OutOfMemoryError)
     if not gpu and not re.search(r"DefaultCPUAllocator: (can't allocate|not enough) memory", str(error)): return None
-    bs, saves = learn.dl.bs, [m for m in learn.model.modules() if getattr(m, "checkpoint", None) is False]
+    saves = [m for m in model.modules() if getattr(m, "checkpoint", None) is False]
     tries = [f"a batch of {bs // 2} (bs)"] if bs > 3 else []
     tries += ["smaller crops", *["net=dict(checkpoint=True), which recomputes activations"] * bool(saves), *["bfloat16 (to_bf16)"] * gpu]
     return MemoryError(f"the memory of the {'GPU' if gpu else 'machine'} is full with a batch of {bs}: try {', or '.join(tries)}")
@@ -90,7 +92,9 @@ class GuardedLearner(Learner):
     def fit(self, *args, **kwargs):
         try: super().fit(*args, **kwargs)
         except (RuntimeError, *LOST) as error:
-            try: told = _full_memory(self, error) or _death(self.dl, error) or _standstill(self.dl, error)
-            except RuntimeError as heard: told = _death(self.dl, heard)  # of a death, in the middle of this
-            if told is None: raise
+            dl = getattr(self, "dl", None) or self.dls.train                          # before the first epoch there is none in hand
+            workers = hasattr(dl, "reading")                                          # which a `CropLoader` knows
+            try: told = _full_memory(error, dl.bs, self.model) or workers and (_death(dl, error) or _standstill(dl, error))
+            except RuntimeError as heard: told = _death(dl, heard)  # of a death, in the middle of this
+            if not told: raise
             raise told from error

@@ -22,13 +22,14 @@ class Scale:
     width: int  # C, of the pooled features
     keys: int = 0  # N, in the queue; 0 for a method without one
     beta: float = 0.0  # eq. 9: share of the momentum encoder's weights that stays at a step
+    keys_per_image: int = 3  # that a step adds: of `queue_keys` in the recipe
     contrast: str = "softmax"  # the recipe's: eq. 7, or "nce"
     positive_in_denominator: bool = False  # of eq. 7
 
     @property
     def age(self) -> float:
-        "Steps since the oldest key was made: each step adds 3B keys."
-        return self.keys / (3 * self.batch)
+        "Steps since the oldest key was made."
+        return self.keys / (self.keys_per_image * self.batch)
 
     @property
     def horizon(self) -> float:
@@ -134,4 +135,5 @@ def run_scale(
     queue, recipe = (getattr(learn.model, name, None) for name in ("queue", "recipe"))
     keys = 0 if queue is None else len(queue.keys)
     of_recipe = {name: getattr(recipe, name) for name in ("beta", "contrast", "positive_in_denominator") if hasattr(recipe, name)}
+    if hasattr(recipe, "queue_keys"): of_recipe["keys_per_image"] = len(recipe.queue_keys)
     return Scale(learn.dls.train.bs, learn.model.encoder.channels[-1], keys, **of_recipe)

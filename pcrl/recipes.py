@@ -179,9 +179,10 @@ def at_size(
     recipe: Recipe,
     crop: tuple[int, ...],  # ([D,] H, W)
 ) -> Recipe:  # a new one
-    "The recipe for crops of another size: the blur shrinks or grows with their width."
+    "The recipe for crops of another size: the blur, and the holes of `official`, shrink or grow with their width."
     ratio = crop[-1] / recipe.crop[-1]
-    return replace(recipe, crop=tuple(crop), blur_sigma=tuple(sigma * ratio for sigma in recipe.blur_sigma))
+    holes = dict(hole_side=max(1, round(recipe.hole_side * ratio))) if recipe.holes else {}
+    return replace(recipe, crop=tuple(crop), blur_sigma=tuple(sigma * ratio for sigma in recipe.blur_sigma), **holes)
 
 # %% ../nbs/08b_recipes.ipynb #c4c7c08a
 ITEMS: dict[str, tuple[str, ...]] = {

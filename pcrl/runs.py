@@ -13,6 +13,7 @@ __all__ = ['CURVES', 'CosineDecay', 'EpochFigures', 'plot_log', 'KeepBest', 'mod
 import csv, json, math, os, platform, time, warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from io import BytesIO
@@ -21,10 +22,11 @@ from pathlib import Path
 import fastai, fastai.callback.fp16, fastai.callback.progress, torch  # the imports give every Learner its `to_fp16`, `to_bf16` and its bar
 from fastai.callback.core import Callback, CancelFitException
 from fastcore.basics import patch
+from fastcore.xtras import ContextManagers
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import trainable_params
+from fastai.torch_core import find_bs, trainable_params
 from torch import nn
 
 from . import __version__
@@ -71,7 +73,7 @@ class EpochFigures(Callback):
         part = "train" if self.training else "valid"
         for name, value in self.loss_func.figures.items():
             self.sums[f"{part}_{name}"].append(value.detach())
-            if not self.training: self.sizes[f"{part}_{name}"].append(len(self.xb[0]))
+            if not self.training: self.sizes[f"{part}_{name}"].append(find_bs(self.xb))
 
     def mean(self, name: str) -> float:
         "Of one figure over the epoch's batches."
@@ -81,7 +83,7 @@ class EpochFigures(Callback):
 
     def after_validate(self):
         means = {name: self.mean(name) for name in self.sums}
-        self.rows.append(dict(epoch=self.epoch, steps=(self.epoch + 1) * len(self.dls.train), lr=self.opt.hypers[-1]["lr"],
+        self.rows.append(dict(epoch=self.epoch, steps=(self.epoch + 1) * len(self.dls.train), lr=self.opt.hypers[-1]["lr"] if self.opt else math.nan,
                               seconds=round(time.perf_counter() - self.start, 2), **means))
         self.sums, self.sizes, self.start = defaultdict(list), defaultdict(list), time.perf_counter()
 
@@ -190,7 +192,8 @@ class RunFolder(Checkpoints):
         settings: dict,  # for config.json: whatever says how the run was made, and a `title`
     ):
         super().__init__(Path(path) / "resume")
-        self.path, self.resumed, self.written, self.locked = Path(path), False, None, None
+        self.path, self.resumed, self.locked = Path(path), False, None
+        self.written, self.weights_of = None, None  # epochs in the log, and the one whose weights are there
         versions = dict(pcrl=__version__, torch=torch.__version__, fastai=fastai.__version__, python=platform.python_version())
         self.settings = dict(schema=1, **json.loads(json.dumps(settings)), versions=versions)
 
@@ -228,16 +231,16 @@ def write_results(self: RunFolder):
     if not (self.path / "config.json").exists(): self._write_anew()
     if not rows or self.written == len(rows): return
     write_whole(self.path / "log.csv", lambda p: _write_rows(rows, p))
-    if best.kept_epoch == rows[-1]["epoch"] or self.written is None:
+    if best.kept_epoch != self.weights_of:
         metadata = dict(title=self.settings["title"], epoch=best.kept_epoch)
         for part, weights in best.weights.items(): write_tensors(self.path / f"{part}.safetensors", weights, metadata)
-    self.written = len(rows)
+    self.written, self.weights_of = len(rows), best.kept_epoch
 
 
 @patch
 def _write_anew(self: RunFolder):
     "The folder was deleted under the run."
-    self.locked, self.written, self.kept = lock_folder(self.folder), None, {}
+    self.locked, self.written, self.weights_of, self.kept = lock_folder(self.folder), None, None, {}
     warnings.warn(f"{self.path} was deleted under the run: it is written anew", stacklevel=2)
     self._write_config()
 
@@ -429,3 +432,21 @@ def finetune_learner(
     if run is not None: cbs += [RunFolder(run, dict(settings or {}, patience=patience)), Forecast(run)]
     adam = partial(OptimWrapper, opt=torch.optim.Adam)
     return GuardedLearner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)
+
+# %% ../nbs/09a_runs.ipynb #5ab0c3dc
+@patch
+def validation_context(self: GuardedLearner, cbs=None, inner: bool = False) -> ContextManagers:
+    "fastai's, in which nothing of a fit is written, kept or annealed."
+    plain = Learner.validation_context(self, cbs, inner)
+    of_a_fit = [] if inner else [cb for cb in self.cbs if isinstance(cb, (RunFolder, Forecast, KeepBest, CosineDecay))]
+    return ContextManagers([self.removed_cbs(of_a_fit), _rows_as_they_are(self), *plain.default])
+
+
+@contextmanager
+def _rows_as_they_are(learn: GuardedLearner):
+    "What is measured meanwhile goes into fastai's metrics, and not into the log."
+    figures = getattr(learn, "epoch_figures", None)
+    before = list(getattr(figures, "rows", []))
+    try: yield
+    finally:
+        if figures: figures.rows = before

@@ -216,7 +216,8 @@ def painted_region(
     low = torch.where(inpaint[..., None], length // 6, length - 4 * length // 7)
     high = torch.where(inpaint[..., None], length // 3, length - 3 * length // 7)
     side = _randint(low, high, generator)
-    start = _randint(torch.full_like(side, 3), length - side - 3, generator)
+    margin = ((length - side) // 2).clamp(max=3)
+    start = _randint(margin, length - side - margin, generator)
     first = torch.arange(5, device=device) == 0
     present = (rand(n, 5) < 0.95) | (~inpaint & first)  # outpainting always keeps its first box
     union = box_union(start, side, present.int().cummin(1).values.bool(), shape).view(torch.uint8)  # faster than bool

@@ -9,7 +9,7 @@ __all__ = ['IMAGES', 'SOUND', 'SEEN', 'FAULTS', 'pair_of_each', 'held_out_crops'
            'errors_figure', 'diagnose_run']
 
 # %% ../nbs/18a_verdict.ipynb #2d97d546
-import math
+import math, warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -21,6 +21,7 @@ from .crops import CropPairs
 from .diagnose import answers_figure, ask_every_transform, evaluating, obedience, paths_figure
 from .instruments import carried, gate_spread, held_out_contrast, loss_gradients, queue_facts
 from .pretrain import load_method, pretraining_parts
+from .records import file_hash
 from .report import figure_html, paragraph, table_html, write_page
 from .runs import read_config, write_whole
 from .store import Store
@@ -41,12 +42,21 @@ def pair_of_each(
     return torch.from_numpy(np.stack([cut[divmod(i, len(images))] for i in range(pairs or len(images))]))
 
 # %% ../nbs/18a_verdict.ipynb #a54eb33d
+def _as_trained_on(config: dict, folder: Path) -> bool:
+    "Whether a store is there, and holds what it held when the run began."
+    path = folder / "manifest.csv"
+    return path.exists() and file_hash(path) == config["manifest"]
+
+
 def _held_out(config: dict, store: str | Path | None) -> Store:
     "Images that a run was not trained on: of its own store, or of another."
-    own = Path(config["store"])
-    if not (own / "manifest.csv").exists(): return Store(store)
-    trained, images = pretraining_parts(Store(own), config["valid"], config["seed"])[0].manifest, Store(store or own)
-    key = "file" if images.path.resolve() == own.resolve() else "sha256"
+    own, images = Path(config["store"]), Store(store or config["store"])
+    known = next((folder for folder in (own, images.path) if _as_trained_on(config, folder)), None)
+    if known is None and images.path.resolve() == own.resolve():
+        raise ValueError(f"{own} has changed since the run began, so that it cannot be told which of its images were trained on: name a store of others with --store")
+    if known is None: warnings.warn(f"{own} is gone or has changed: images of {images.path} that the run was trained on cannot be left out, make sure that it holds none")
+    trained = pretraining_parts(Store(known), config["valid"], config["seed"])[0].manifest if known else images.manifest[:0]
+    key = "file" if images.path == known else "sha256"
     same = images.manifest[key].isin(trained[key]) if key in images.manifest and key in trained else np.zeros(len(images), bool)
     return images.part(np.flatnonzero(~same))
 
@@ -57,9 +67,9 @@ def held_out_crops(
 ) -> tuple[Tensor, int]:  # (`IMAGES`, 2, C, [D,] H, W), in the store's dtype; and of how many images they are, in turn
     """Two crops of each of up to `IMAGES` images that the run was not trained on, cut by its own rules; fewer images are cut again.
 
-    Raises ValueError for a run that does not say what it was trained on, a store of other dims, or fewer than two images; FileNotFoundError if its store is gone."""
+    Raises ValueError for a run that does not say what it was trained on, its own store if that has changed, a store of other dims, or fewer than two images; FileNotFoundError if its store is gone."""
     config = read_config(run)
-    if "loaders" not in config: raise ValueError(f"{run} does not say what it was trained on: `pcrl pretrain` writes that into config.json")
+    if not {"loaders", "manifest"} <= config.keys(): raise ValueError(f"{run} does not say what it was trained on: `pcrl pretrain` writes that into config.json")
     if store is None and not (Path(config["store"]) / "manifest.csv").exists():
         raise FileNotFoundError(f"the store {config['store']} of {run} is gone: name another with --store")
     images = _held_out(config, store)

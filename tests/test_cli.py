@@ -60,7 +60,7 @@ def test_pretrain_writes_a_run_folder_and_a_store(run):
 def test_pretrain_in_minutes_and_diagnose(run, slices, tmp_path):
     "A budget chooses what is not given; the run is then looked at on the images that it kept, also where its own store is named."
     store, out = run.with_name("pretrained-store"), tmp_path / "run"
-    said = pcrl("pretrain", store, "--out", out, "--minutes", 0.1, "--dims", 2, "--width", 4, "--bs", 4, "--valid", 0.3)
+    said = pcrl("pretrain", store, "--out", out, "--minutes", 0.1, "--dims", 2, "--width", 4, "--bs", 16, "--valid", 0.3)
     config = json.loads((out / "config.json").read_text())
     assert "steps" in said and "Epoch 1/" not in said                              # no bar in a file
     assert config["crop_size"] == [64, 64] and config["width"] == 4 and config["plan"]["steps"] == config["steps_per_epoch"] * config["epochs"]

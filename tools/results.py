@@ -1,5 +1,5 @@
 "Runs every demonstration and writes results/demo.csv: data, dims, arm, seed, metric, value, commit. The sets of the data kit need PCRL_DATA."
-import tempfile
+import os, tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +10,7 @@ from pcrl.demo import STORIES, demo
 root = Path(__file__).resolve().parent.parent
 
 if __name__ == "__main__":  # a demonstration starts processes that import this file
+    if "PCRL_DATA" not in os.environ: raise SystemExit("PCRL_DATA is not set, and two of the demonstrations read the data kit: set it to its folder")
     commit = commit_or_version()
     with tempfile.TemporaryDirectory() as folder:
         tables = [demo(data, dims, Path(folder) / f"{data}-{dims}").assign(dims=dims, commit=commit) for data, dims in STORIES]
