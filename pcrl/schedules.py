@@ -32,12 +32,11 @@ class FreezeFirst(CosineDecay):
         return super().share((done - start) / length)
 
     def _hold_patience(self, epoch: int):
-        "Epochs before the thaw do not count as bad ones."
-        if self.frozen < 1 and self.is_frozen(epoch / self.n_epoch): self.learn.keep_best.bad_epochs = 0
-
-    def before_epoch(self):
+        "Epochs before the thaw do not count as bad ones, if it is the last that was trained: a run that goes on skips others."
         rows = self.epoch_figures.rows
-        if rows and rows[-1]["epoch"] == self.epoch - 1: self._hold_patience(self.epoch - 1)  # a run goes on here; of the epochs before, which it skips, it hears too
+        if rows and rows[-1]["epoch"] == epoch and self.frozen < 1 and self.is_frozen(epoch / self.n_epoch): self.learn.keep_best.bad_epochs = 0
+
+    def before_epoch(self): self._hold_patience(self.epoch - 1)  # for a run that goes on here
     def after_epoch(self): self._hold_patience(self.epoch)
 
     def before_batch(self):
