@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd
 from .cases import Cases
-from .files import OnDisk
+from .files import CacheError, OnDisk
 from .folders import folder_cases, folder_table
 from .luna16 import LUNG, luna16_cases, luna16_nodules
 from .medmnist import read_medmnist
@@ -32,6 +32,7 @@ class Layout:
     name: str  # for the user
     dims: int  # 2 or 3; 0: either
     mark: Callable  # root to bool: is it this?
+    windowed: bool  # whether `window` may be chosen
     open: Callable  # (root, a namespace of the other arguments of `open_cases`) to `Cases`
 
 def _has(*patterns): return lambda root: root.is_dir() and all(next(root.glob(p), None) for p in patterns)
@@ -41,16 +42,16 @@ def _is_own(root): return (root / "images").is_dir() and ((root / "masks").is_di
 
 # %% ../nbs/02f_layouts.ipynb #0d7f0550
 LAYOUTS = [
-    Layout("a folder with images/ and masks/ or labels.csv", 0, _is_own, lambda root, o: folder_cases(root, **vars(o))),
-    Layout("ChestX-ray14", 2, _has("Data_Entry_2017*.csv"), lambda root, o: chest14_cases(root, o.size or 256, o.seed, o.cache)),
-    Layout("CheXpert", 2, _has("train.csv", "valid.csv", "train/patient*"), lambda root, o: chexpert_cases(root, "ones", o.size or 256, o.seed, o.cache)),
-    Layout("a task of the Medical Segmentation Decathlon", 3, _is_task, lambda root, o: msd_cases(root, o.spacing, o.window, o.seed, o.cache)),
-    Layout("LUNA16", 3, _has("subset*/**/*.mhd"),
+    Layout("a folder with images/ and masks/ or labels.csv", 0, _is_own, True, lambda root, o: folder_cases(root, **vars(o))),
+    Layout("ChestX-ray14", 2, _has("Data_Entry_2017*.csv"), False, lambda root, o: chest14_cases(root, o.size or 256, o.seed, o.cache)),
+    Layout("CheXpert", 2, _has("train.csv", "valid.csv", "train/patient*"), False, lambda root, o: chexpert_cases(root, "ones", o.size or 256, o.seed, o.cache)),
+    Layout("a task of the Medical Segmentation Decathlon", 3, _is_task, True, lambda root, o: msd_cases(root, o.spacing, o.window, o.seed, o.cache)),
+    Layout("LUNA16", 3, _has("subset*/**/*.mhd"), True,
            lambda root, o: luna16_nodules(root, spacing=o.spacing or (1., 1., 1.), window=o.window or LUNG, seed=o.seed, cache=o.cache)),
-    Layout("LiTS", 3, _has("**/volume-*.nii*", "**/segmentation-*.nii*"),
+    Layout("LiTS", 3, _has("**/volume-*.nii*", "**/segmentation-*.nii*"), True,
            lambda root, o: lits_cases(root, o.spacing, o.window or SOFT_TISSUE, o.seed, o.cache)),
-    Layout("BraTS", 3, _is_brats, lambda root, o: brats_cases(root, o.spacing, o.seed, o.cache)),
-    Layout("MedMNIST", 0, lambda root: root.suffix == ".npz" and root.is_file(), lambda root, o: read_medmnist(root, root.stem.split("_")[0]))]
+    Layout("BraTS", 3, _is_brats, False, lambda root, o: brats_cases(root, o.spacing, o.seed, o.cache)),
+    Layout("MedMNIST", 0, lambda root: root.suffix == ".npz" and root.is_file(), False, lambda root, o: read_medmnist(root, root.stem.split("_")[0]))]
 
 # %% ../nbs/02f_layouts.ipynb #a4d6745d
 def _check_dims(root, layout, dims):
@@ -84,6 +85,7 @@ def open_cases(
     Raises ValueError, VolumeError or FileNotFoundError, one sentence, where the folder does not hold what it should."""
     layout = find_layout(root) or LAYOUTS[0]                                             # whose complaint says what is missing
     _check_dims(root, layout, dims)
+    if window is not None and not layout.windowed: raise ValueError(f"{root} is {layout.name}, whose intensities are not windowed: leave window out")
     cases = layout.open(Path(root), SimpleNamespace(dims=dims, spacing=spacing, size=size, window=window, seed=seed, cache=cache))
     away = {} if layout is LAYOUTS[0] else _links_away(root, cases.images) | _links_away(root, cases.targets)
     if away: raise VolumeError(next(iter(away.values())))
@@ -94,13 +96,15 @@ def open_cases(
 FEW = 50  # cases for which it is not worth while to start processes
 
 def _prepare(name, sequences, place):
-    "Put a case's image, and its mask if it has one, into the cache."
-    for arrays in sequences: arrays[place[name]]
+    "Put a case's image, and its mask if it has one, into the cache; or why no case can be."
+    try:
+        for arrays in sequences: arrays[place[name]]
+    except CacheError as e: return str(e)
 
 def _fault(name, *args):
-    "Why a case cannot be prepared, or None."
-    try: _prepare(name, *args)
-    except VolumeError as e: return str(e)
+    "Why no case can be prepared, and why this one cannot; or None."
+    try: return _prepare(name, *args), None
+    except VolumeError as e: return None, str(e)
 
 # %% ../nbs/02f_layouts.ipynb #e3cadf95
 def prepare_cases(
@@ -108,13 +112,16 @@ def prepare_cases(
     processes: int|None = None,  # None: one for each core
     progress: Callable|None = None,  # called with the number of cases that are done, and of all
 ) -> tuple[Cases, pd.DataFrame]:  # those that can be read, and a table (case, reason) of the others
-    "Prepare all cases but the unlabelled ones into their cache. Cases without one are returned as they are."
+    """Prepare all cases but the unlabelled ones into their cache. Cases without one are returned as they are.
+
+    Raises OSError if the cache cannot be written to."""
     sequences = [s for s in (cases.images, cases.targets) if isinstance(s, OnDisk) and s.cache is not None]
     names = [n for n, part in zip(cases.names, cases.split) if part != "unlabelled" and sequences]
     faults, args = {}, (sequences, {n: i for i, n in enumerate(cases.names)})
     if len(names) > FEW: results = in_processes("pcrl.layouts:_prepare", names, args, processes)
-    else: results = ((i, None, _fault(n, *args)) for i, n in enumerate(names))
-    for done, (i, _, fault) in enumerate(results, 1):
+    else: results = ((i, *_fault(n, *args)) for i, n in enumerate(names))
+    for done, (i, stop, fault) in enumerate(results, 1):
+        if stop: raise OSError(stop)
         if fault: faults[names[i]] = fault
         if progress: progress(done, len(names))
     skipped = pd.DataFrame(sorted(faults.items()), columns=["case", "reason"])

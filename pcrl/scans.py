@@ -29,7 +29,10 @@ def _with_masks(
 # %% ../nbs/02d_scans.ipynb #febf7435
 SOFT_TISSUE = (-160, 240)  # HU
 
-def _number(path): return int(re.search(r"(\d+)\.nii", path.name)[1])
+def _numbered(root, kind):
+    "Files by number; a copy that a system has named otherwise is none."
+    named = ((re.fullmatch(rf"{kind}-(\d+)\.nii(\.gz)?", p.name), p) for p in Path(root).rglob(f"{kind}-*.nii*"))
+    return {int(number[1]): p for number, p in named if number}
 
 def lits_cases(
     root,  # folder with the volumes and segmentations, searched with its subfolders
@@ -39,7 +42,7 @@ def lits_cases(
     cache=None,  # folder in which prepared volumes are kept; None: files are read anew each time
 ) -> Cases:  # task "segment": 1 liver, 2 tumour
     """LiTS, the scans with masks. Raises FileNotFoundError or ValueError where the folder is not as published."""
-    found = {kind: {_number(p): p for p in Path(root).rglob(f"{kind}-*.nii*")} for kind in ("volume", "segmentation")}
+    found = {kind: _numbered(root, kind) for kind in ("volume", "segmentation")}
     numbers = sorted(n for n in found["volume"] if n in found["segmentation"])
     if not numbers:
         raise FileNotFoundError(f"{root} has no pair of volume-N.nii and segmentation-N.nii: give the folder with the training scans of LiTS")

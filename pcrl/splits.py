@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 import pandas as pd
 from .cases import Cases
+from .sources import printable
 
 # %% ../nbs/01d_splits.ipynb #52aa01d1
 RATIOS = {"9.5:0.5": 0.05, "9:1": 0.1, "8:2": 0.2, "7:3": 0.3, "6:4": 0.4}  # unlabelled:labelled to the labelled share
@@ -32,7 +33,10 @@ def by_ratio(
     return replace(cases, split=split, unlabelled=None)
 
 # %% ../nbs/01d_splits.ipynb #778ba98f
-def _rows(cases): return cases.table()[["case", "patient", "split"]].sort_values("case").to_csv(index=False, lineterminator="\n")
+def _rows(cases):
+    "The table as text; a case whose name is no UTF-8 is refused, for its file could not be read again."
+    if odd := [name for name in cases.names if printable(name) != str(name)]: raise ValueError(f"{printable(odd[0])} has a name that is not UTF-8: rename it")
+    return cases.table()[["case", "patient", "split"]].sort_values("case").to_csv(index=False, lineterminator="\n")
 def _sum(rows): return hashlib.sha256(rows.encode()).hexdigest()
 
 def split_id(

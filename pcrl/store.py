@@ -8,7 +8,7 @@ Docs: https://pcrl-team.github.io/pcrl/store.html.md"""
 __all__ = ['DTYPES', 'PRESETS', 'COLUMNS', 'prepare', 'settings_for', 'Store', 'labels_table', 'manifest_facts', 'build_store']
 
 # %% ../nbs/01_store.ipynb #c1a7c06d
-import fcntl, json, math, os
+import fcntl, json, math, os, warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -216,7 +216,10 @@ def _find_sources(sources, dims, describe):
     root, sources = Path(sources), find_images(sources, dims)
     if not sources: raise VolumeError(f"{root} has no {dims}D images, nor have its subfolders: give another folder, or other dims")
     names, labels = [os.path.relpath(str(s), root) for s in sources], _labels(root)
-    describe = describe or (lambda source: labels.get(Path(os.path.relpath(str(source), root)).as_posix().removeprefix("images/"), {}))
+    row = lambda name: Path(name).as_posix().removeprefix("images/")
+    if strange := sorted(set(labels) - {row(n) for n in (*names, *(os.path.relpath(file, root) for file, _ in sources.skipped))}):
+        warnings.warn(f"{root / 'labels.csv'} names {strange[0]}, which is no {dims}D image in {root} ({len(strange)} such of {len(labels)}): its patient and labels are not used")
+    describe = describe or (lambda source: labels.get(row(os.path.relpath(str(source), root)), {}))
     return sources, [_known(root.resolve().name if n == "." else n, describe(s)) for n, s in zip(names, sources)], sources.skipped
 
 # %% ../nbs/01_store.ipynb #a1160712
