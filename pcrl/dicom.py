@@ -49,8 +49,9 @@ def is_dicom(
 ) -> bool:
     "Whether a file says that it is DICOM, is called so, or begins as one; many have no suffix, and some no mark."
     with open(path, "rb") as f: head = f.read(132)
-    return head[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom", ".ima") or bool(_BARE.match(head))
-
+    suffix = path.suffix.lower()
+    if head[128:] == b"DICM" or suffix in (".dcm", ".dicom", ".ima"): return True
+    return suffix not in (".raw", ".zraw") and bool(_BARE.match(head))                  # the voxels of an .mhd may begin in any way
 
 def dicom_files(
     folder: Path,
@@ -85,7 +86,8 @@ def dicom_header(
             implicit, little = header.original_encoding
             explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
             header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
-        if not header.get("SOPClassUID") and "Rows" not in header:
+        index = meta.get("MediaStorageSOPClassUID") == uid.MediaStorageDirectoryStorage  # DICOMDIR, which says so only there
+        if not header.get("SOPClassUID") and "Rows" not in header and not index:
             raise VolumeError(f"{path} is not DICOM: get it again or give it its true suffix")
         return header
 
@@ -94,9 +96,10 @@ RADIOGRAPHS = {"CR", "DX", "MG", "PX", "IO", "RG", "RF", "XA"}
 
 def dicom_kind(
     header,  # as `dicom_header` gives it
-) -> str|None:  # "picture", "slice", "frames"; None: no image (a report, a plan, an index)
+) -> str|None:  # "picture", "slice", "frames"; None: no image (a mask, a report, a plan, an index)
     "What a DICOM file can be read as."
-    if not header.get("Rows"): return None
+    mask = header.get("Modality") == "SEG" or str(header.get("SOPClassUID")).startswith("1.2.840.10008.5.1.4.1.1.66.")
+    if mask or not header.get("Rows"): return None
     if int(header.get("NumberOfFrames") or 1) > 1: return "frames"
     placed = "ImagePositionPatient" in header or "PerFrameFunctionalGroupsSequence" in header
     return "slice" if placed and header.get("Modality") not in RADIOGRAPHS else "picture"

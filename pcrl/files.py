@@ -95,6 +95,13 @@ def read_image(
     return np.concatenate([prepare(volume, spacing, size, window) for volume in read_channels(item)])
 
 # %% ../nbs/01b_files.ipynb #a5ec1da5
+def _read_labels(path):
+    "A mask as it is stored: of a picture the numbers, not the grey of their colours."
+    from pcrl.formats import PICTURES, picture_mask
+    from pcrl.volumes import _checked
+    if read_header(path).format not in PICTURES: return read_volume(path)
+    return Volume(_checked(path, lambda: picture_mask(path)), None, None, Path(path))
+
 def read_mask(
     item,  # a path for `read_volume`, or a tuple of it and of its image's source, on whose grid it must lie
     spacing: tuple|None = None,  # 3D: mm in the order (D, H, W); None: as it is
@@ -102,7 +109,7 @@ def read_mask(
 ) -> np.ndarray:  # ([D,] H, W), uint8, 0 is background
     "One case's mask, prepared. Raises VolumeError for a file that is no mask, or does not lie on its image."
     path, *image = item if isinstance(item, tuple) else (item,)
-    volume = lay_on(read_volume(path), read_header(*image)) if image else read_volume(path)
+    volume = lay_on(_read_labels(path), read_header(*image)) if image else _read_labels(path)
     mask = (volume if spacing is None or volume.array.ndim == 2 else resample(volume, spacing, labels=True)).array
     if (mask != mask.round()).any() or mask.min() < 0 or mask.max() > 255:
         raise VolumeError(f"{path} is not a mask: whole numbers from 0 to 255 are expected")

@@ -34,6 +34,7 @@ def _numbers(fields, key, kind, path):
     except ValueError: raise VolumeError(f"{path} has {key} without numbers: its header is damaged, get it again") from None
 
 def _check_spacing(numbers, path):
+    if not numbers: raise VolumeError(f"{path} has no spacing: its geometry is lost, export it again")
     if any(not 0 < n < math.inf for n in numbers):
         raise VolumeError(f"{path} has a spacing of {numbers} mm: its geometry is lost, export it again")
 
@@ -71,7 +72,7 @@ def _check_meta(fields, path):
         raise VolumeError(f"{path} has its voxels as text or in many files: write it again as one .mha")
     if fields.get("ElementType") not in META_TYPES:
         raise VolumeError(f"{path} has an ElementType that is not supported: give one of {', '.join(META_TYPES)}")
-    for key in ("ElementSpacing", "ElementSize"): _check_spacing(_numbers(fields, key, float, path), path)
+    for key in {"ElementSpacing", "ElementSize"} & set(fields) or ["ElementSpacing"]: _check_spacing(_numbers(fields, key, float, path), path)
 
 # %% ../nbs/00b_metaimage.ipynb #cf9c7add
 def _meta_layout(path):
@@ -94,13 +95,15 @@ NRRD_TYPES = {"int8": "i1", "signed char": "i1", "uint8": "u1", "unsigned char":
 def _check_nrrd(fields, path):
     with open(path, "rb") as f: mark = f.read(4)
     if mark != b"NRRD": raise VolumeError(f"{path} is not NRRD, the mark is not in its header: get it again or give it its true suffix")
-    if any(key.replace(" ", "") in ("datafile", "byteskip", "lineskip") for key in fields):
+    keys = {key.replace(" ", "").lower() for key in fields}
+    if keys & {"datafile", "byteskip", "lineskip"}:
         raise VolumeError(f"{path} has its voxels elsewhere: write it again as one file")
     if fields.get("encoding") not in ("raw", "gzip", "gz"):
         raise VolumeError(f"{path} has an encoding that is not supported: write it again with gzip")
     if fields.get("type") not in NRRD_TYPES:
         raise VolumeError(f"{path} has a type that is not supported: give one of {', '.join(NRRD_TYPES)}")
-    _check_spacing([n for n in _numbers(fields, "spacings", float, path) if not math.isnan(n)], path)
+    if "spacings" in fields or not keys & {"spacings", "spacedirections"}:
+        _check_spacing([n for n in _numbers(fields, "spacings", float, path) if not math.isnan(n)], path)
 
 def _nrrd_layout(path):
     fields, at = _fields(path, ":", lambda line: line == "")

@@ -17,16 +17,31 @@ from .formats import Stored
 from .geometry import LPS_TO_RAS, VolumeError, check_size
 
 # %% ../nbs/00d_series.ipynb #8863e40f
+def _near(places, grid):
+    "Which places are those of an even grid, but for rounding to 0.1 mm: for 2 % of a wide step, and for a fifth of a small one."
+    step = grid[-1] / (len(grid) - 1)
+    return np.abs(places - grid) <= np.clip(0.1, 0.02 * step, 0.2 * step) + 1e-6
+
+def _usual_step(gaps, thickness, seen):
+    "Mm between the thinnest slices; their thickness, if some lie as near."
+    thin = np.sort(gaps[seen <= 1.01 * seen.min()])
+    usual = thin[np.searchsorted(thin.cumsum(), thin.sum() / 2)]                         # half of their length is in gaps as wide, or wider
+    usual = np.clip(thickness.min(), gaps.min(), usual)
+    alike = thin[np.abs(thin - usual) <= 0.2 * usual]
+    return alike.mean() if len(alike) else usual                                         # 1.2 and 1.3 are 1.25
+
 def _even_grid(places, gaps, thickness, path):
     "The places themselves if they are even, or an even grid over them if no tissue is missing."
     n, seen = len(places), (thickness[1:] + thickness[:-1]) / 2                          # mm that two neighbours see between them
-    if np.abs(places - np.linspace(0, places[-1], n)).max() <= 0.02 * places[-1] / (n - 1): return places
+    if _near(places, np.linspace(0, places[-1], n)).all(): return places
     if not (gaps <= 1.5 * seen).all():
         widest = int(np.argmax(gaps / np.where(seen > 0, seen, 1)))
         why = "they are thick" if np.isfinite(seen).all() else "it says of their thickness"
         raise VolumeError(f"{path} has slices {gaps.min():.2f} to {gaps.max():.2f} mm apart, {gaps[widest]:.2f} mm after slice "
                           f"{widest + 1} of {n}, which is more than {why}: export the whole series")
-    return np.linspace(0, places[-1], 1 + round(gaps.sum() / max(thickness.min(), gaps.min())))
+    grid = np.linspace(0, places[-1], 1 + round(gaps.sum() / _usual_step(gaps, thickness, seen)))
+    closest = places[np.abs(places - grid[:, None]).argmin(1)]
+    return np.where(_near(closest, grid), closest, grid)                                 # such a slice is not interpolated
 
 # %% ../nbs/00d_series.ipynb #c593a07f
 @dataclass
@@ -34,7 +49,7 @@ class _Stack:
     "How frames make a volume."
     order: np.ndarray  # of the frames, from one end to the other
     places: np.ndarray  # mm along the step, of the ordered frames
-    grid: np.ndarray  # the same, evenly
+    grid: np.ndarray  # the same, evenly but for rounding
     affine: np.ndarray  # (4, 4), voxel (x, y, z) to RAS mm
 
     def __call__(self, frames):
@@ -125,7 +140,7 @@ def open_dicom(
     header = dicom_header(path)
     with discreet(path):
         kind = dicom_kind(header)
-        if kind is None: raise VolumeError(f"{path} is DICOM without an image: leave it out")
+        if kind is None: raise VolumeError(f"{path} is DICOM without an image: leave it out, and give masks as NIfTI")
         _check_declared(header, path)
         if kind != "picture": return _open_stack(path, [header], _planes(header, path), lambda: dicom_frames(path))
         return _stored(path, header, (header.Rows, header.Columns), lambda: dicom_frames(path)[0])
