@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from . import __version__
+from .formats import PICTURES, picture_mask
 from .sources import _files_of
 from .store import prepare
-from .volumes import Volume, VolumeError, lay_on, read_header, read_volume, resample
+from .volumes import Volume, VolumeError, _checked, lay_on, read_header, read_volume, resample
 
 # %% ../nbs/01b_files.ipynb #c5bdf9b2
 class OnDisk(Sequence):
@@ -97,8 +98,6 @@ def read_image(
 # %% ../nbs/01b_files.ipynb #a5ec1da5
 def _read_labels(path):
     "A mask as it is stored: of a picture the numbers, not the grey of their colours."
-    from pcrl.formats import PICTURES, picture_mask
-    from pcrl.volumes import _checked
     if read_header(path).format not in PICTURES: return read_volume(path)
     return Volume(_checked(path, lambda: picture_mask(path)), None, None, Path(path))
 
