@@ -28,6 +28,7 @@ from .probes import centre_resized, encoder_features, pixel_features, probe_tabl
 from .recipes import Recipe, at_size, get_recipe
 from .runs import load_unet, resume, write_whole
 from .schedules import SCHEDULES
+from .sources import read_table
 from .unet import UNet
 
 # %% ../nbs/15_ablations.ipynb #c10d6b97
@@ -154,8 +155,8 @@ class Results:
         path: str | Path,  # of the file; it need not be there yet
     ):
         self.path = Path(path)
-        names = dict.fromkeys(("data", "split", "method", "recipe", "metric", "commit"), str)
-        self.table = pd.read_csv(self.path, dtype=names, keep_default_na=False, na_values=[""]) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
+        names = "data", "split", "method", "recipe", "metric", "commit"
+        self.table = read_table(self.path, names) if self.path.exists() else pd.DataFrame(columns=COLUMNS)
 
     def rows(self,
         **key,  # values of some columns

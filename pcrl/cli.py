@@ -189,9 +189,10 @@ def pretrain(
     loaders = lambda **chosen: p.store_loaders(store, valid=valid, seed=seed, num_workers=workers, **crops | chosen)
     plan = None
     if minutes is not None:
-        learned = p.pretraining_parts(store, valid, seed)[0]
-        crops["pairs_per_image"] = b.pairs_to_measure(len(learned), crops["bs"], crops["pairs_per_image"])
-        plan = b.kept_plan(out) if resume else b.plan_budget(minutes, loaders, dims, r, b.sizes_that_fit(dims, b.smallest_shape(store), given["size"], width))
+        if resume: plan = b.kept_plan(out)
+        else:
+            crops["pairs_per_image"] = b.pairs_to_measure(len(p.pretraining_parts(store, valid, seed)[0]), crops["bs"], crops["pairs_per_image"])
+            plan = b.plan_budget(minutes, loaders, dims, r, b.sizes_that_fit(dims, b.smallest_shape(store), given["size"], width))
         typer.echo(str(plan))
         crops |= dict(size=plan.crop, pairs_per_image=plan.pairs_per_image, steps=plan.steps_per_epoch)
         width, epochs = plan.width, epochs or plan.epochs

@@ -76,10 +76,10 @@ def _slice(image: Tensor):
     return image.detach().float().cpu().numpy()
 
 
-def _picture(ax, image: Tensor, title: str = ""):
+def _picture(ax, image: Tensor, title: str = "", limits: tuple = (0, 1)):
     "One image without axes."
     origin = "upper" if image.ndim == 3 else "lower"  # the first row of a picture is its top, the last of an axial slice the front
-    ax.imshow(_slice(image), cmap="gray", vmin=0, vmax=1, origin=origin)
+    ax.imshow(_slice(image), cmap="gray", vmin=limits[0], vmax=limits[1], origin=origin)
     ax.set_title(title, fontsize=7); ax.set_xticks([]); ax.set_yticks([])
 
 # %% ../nbs/11_diagnose.ipynb #067dfa54
@@ -99,10 +99,9 @@ def answers_figure(
         errors = (rights - answers[i]).square().flatten(1).mean(1)
         wrong = (errors.sum() - errors[i]) / (len(errors) - 1)
         row, col = 2 * (i // 8), i % 8
-        _picture(axs[row, col], rights[i], f"asked: {name}")
+        _picture(axs[row, col], rights[i], f"asked: {name}", limits)
         nearest = names[errors.argmin()]
-        _picture(axs[row + 1, col], answers[i], f"right {errors[i]:.4f}\nwrong {wrong:.4f}\nnearest: {nearest}")
-        for ax in (axs[row, col], axs[row + 1, col]): ax.images[0].set_clim(*limits)
+        _picture(axs[row + 1, col], answers[i], f"right {errors[i]:.4f}\nwrong {wrong:.4f}\nnearest: {nearest}", limits)
     return fig
 
 # %% ../nbs/11_diagnose.ipynb #1c099d04
@@ -129,10 +128,9 @@ def paths_figure(
     "Original, corrupted (not of a hybrid path), target and reconstruction for each path that the recipe reconstructs."
     from matplotlib.figure import Figure
     columns, rows = _path_columns(model, views), min(rows, len(views.clean_o))
-    limits = views.clean_o.aminmax() if model.recipe.imagenet else (0, 1)
+    limits = tuple(map(float, views.clean_o.aminmax())) if model.recipe.imagenet else (0, 1)
     fig = Figure(figsize=(1.3 * len(columns), 1.6 * rows), dpi=80, layout="constrained")
     for i, row in enumerate(fig.subplots(rows, len(columns), squeeze=False)):
         for ax, (title, images) in zip(row, columns.items()):
-            _picture(ax, images[i], f"{title}, λ {views.lam[i]:.2f}" if title == "h: clean" else title)
-            ax.images[0].set_clim(*map(float, limits))
+            _picture(ax, images[i], f"{title}, λ {views.lam[i]:.2f}" if title == "h: clean" else title, limits)
     return fig
