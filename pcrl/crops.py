@@ -187,8 +187,12 @@ class CropLoader(DataLoader):
         self.fake_l = _Workers(self, made.pin_memory, made.num_workers, made.timeout, made.persistent_workers, made.pin_memory_device)
 
     def get_idxs(self):
-        order = np.random.default_rng([self.dataset.seed, self.epoch]).permutation(len(self.dataset)) if self.shuffle else range(self.n)
+        order = np.random.default_rng([self.dataset.seed, self.epoch]).permutation(len(self.dataset)) if self.shuffle else self._in_turn()
         return [(self.epoch, int(i)) for i in order[self.batch * self.bs:self.n]]
+
+    def _in_turn(self) -> np.ndarray:
+        "A pair of each image, then the next of each: a batch holds as many images as it can."
+        return np.arange(len(self.dataset)).reshape(-1, getattr(self.dataset, "pairs_per_image", 1)).T.ravel()
 
     def create_item(self, key): return (self.dataset[key],)
 

@@ -48,10 +48,18 @@ def _whole_source(part):
     if isinstance(part, Path) and part.is_dir(): return sorted(p for p in part.iterdir() if p.is_file())
     return _files_of(part) if hasattr(part, "files") or isinstance(part, Path) and part.exists() else []
 
+def _stamps(item):
+    "Size and time of every file of an item."
+    return [(p.stat().st_size, p.stat().st_mtime_ns) for part in (item if isinstance(item, tuple) else (item,)) for p in _whole_source(part)]
+
+@patch
+def stamps(self: OnDisk) -> list:  # of each array
+    "Sizes and times of the files, by which one that was altered is told."
+    return [_stamps(item) for item in self.items]
+
 def _key(read, settings, item):
     "32 hex digits that name what `read(item, **settings)` gives."
-    stamps = [(p.stat().st_size, p.stat().st_mtime_ns) for part in (item if isinstance(item, tuple) else (item,)) for p in _whole_source(part)]
-    made_by = (__version__, read.__module__, read.__qualname__, sorted(settings.items()), item, stamps)
+    made_by = (__version__, read.__module__, read.__qualname__, sorted(settings.items()), item, _stamps(item))
     return hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
 
 # %% ../nbs/01b_files.ipynb #85c1b822

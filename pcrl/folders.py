@@ -8,7 +8,7 @@ Docs: https://pcrl-team.github.io/pcrl/folders.html.md"""
 __all__ = ['MASKS', 'folder_table', 'folder_cases']
 
 # %% ../nbs/02a_folders.ipynb #f01de003
-import os
+import os, warnings
 from pathlib import Path
 import numpy as np, pandas as pd
 from .cases import Cases, split_by_patient
@@ -68,6 +68,7 @@ def folder_table(
     root,  # folder with `images/`, and perhaps `labels.csv`
     dims: int,  # 2 or 3
     seed: int = 0,  # of the split, where the table has none
+    unlisted: bool = False,  # also images that labels.csv does not name, as train cases: pretraining asks for no label
 ) -> pd.DataFrame:  # columns image, source for `read_volume`, reason why it cannot be used or None, person, split, and what else labels.csv has
     """What is in the folder; no pixel is read.
 
@@ -81,9 +82,27 @@ def folder_table(
         raise ValueError(f"{path} names {missing[0]}, which is not below {images} ({len(missing)} such in all): mend the name, or give other dims")
     table = table.assign(image=names, source=[sources.get(n, images / n) for n in names], reason=reasons)
     table["person"] = table.patient if "patient" in table else _persons(names, sources)
-    if "split" in table: return _uncrossed(path, table)
-    labels = None if (Path(root) / "masks").is_dir() or not path.is_file() else _own_labels(path, table)[0]
-    return table.assign(split=split_by_patient(table.person.tolist(), (0.7, 0.1, 0.2), seed, labels))
+    if "patient" not in table: _ask_for_patients(root, table.person)
+    if "split" in table: table = _uncrossed(path, table)
+    else: table["split"] = split_by_patient(table.person.tolist(), (0.7, 0.1, 0.2), seed, _own_labels(path, table)[0] if _label_names(table) and not (Path(root) / "masks").is_dir() else None)
+    more = sorted({*sources, *skipped} - set(table.image)) if unlisted else []
+    return pd.concat([table, _unlisted(table, more, sources, skipped, images)], ignore_index=True) if more else table
+
+
+def _unlisted(table, names, sources, skipped, images):
+    "Rows for images that labels.csv does not name: train cases, but for those of a patient, by their headers, who is in it."
+    id_of = lambda name: _patient_id(sources[name]) if name in sources else None
+    known = {id_of(row.image): (row.person, row.split) for row in table.itertuples()}
+    persons, parts = zip(*(known.get(id_of(n) or n, (own, "train")) for n, own in zip(names, _persons(names, sources))))
+    return pd.DataFrame(dict(image=names, source=[sources.get(n, images / n) for n in names], reason=[skipped.get(n) for n in names], person=persons, split=parts))
+
+
+def _ask_for_patients(root, persons):
+    "Say that every image counts as a patient, where folders look like patients'."
+    folders = pd.Series([str(Path(p).parent) for p in persons if Path(p).parent != Path(".")], dtype=str).value_counts()
+    if persons.is_unique and len(folders) > 1 and (several := int((folders > 1).sum())):
+        warnings.warn(f"{root} names no patients, so that each image counts as one, and {several} folders hold several images: "
+                      "if these are of one patient each, say so in a column patient of labels.csv")
 
 # %% ../nbs/02a_folders.ipynb #5e1f0b02
 def _uncrossed(path, table):
@@ -95,6 +114,11 @@ def _uncrossed(path, table):
     raise ValueError(f"{path} puts the patient of {image} in {' and '.join(parts)}: give each patient one part{doubt}")
 
 # %% ../nbs/02a_folders.ipynb #557fadbf
+def _label_names(table):
+    "The column `class`, or all columns with values that are not about the image itself."
+    if "class" in table: return ["class"]
+    return [c for c in table if c not in ("image", "source", "reason", "person", "patient", "split") and table[c].notna().any()]
+
 def _own_labels(path, table):
     "Targets and classes: of the column `class`, or of every column that is not about the image itself."
     if "class" in table:
@@ -102,11 +126,11 @@ def _own_labels(path, table):
             raise ValueError(f"{path} names no class for {table.image[table['class'].isna()].iloc[0]}: leave that row out")
         classes = sorted(set(table["class"]))
         return table["class"].map(classes.index).to_numpy(np.int64), classes
-    names = [c for c in table if c not in ("image", "source", "reason", "person", "patient", "split")]
+    names = _label_names(table)
     if not names: raise ValueError(f"{path} needs a column of 0 and 1 for each label, or one column 'class' with names")
     for name in names:
         strange = table[~table[name].isin([0, 1]) & table[name].notna()]
-        if len(strange): raise ValueError(f"{path} has {strange[name].iloc[0]} as the label {name} of {strange.image.iloc[0]}: give 0, 1 or nothing, or one column 'class' with names")
+        if len(strange): raise ValueError(f"{path} has {strange[name].iloc[0]} as the label {name} of {strange.image.iloc[0]}: give 0, 1 or nothing, or one column 'class' with names; remove the column if it is no label")
     return table[names].to_numpy(np.float32), names
 
 # %% ../nbs/02a_folders.ipynb #5e1f0b04
@@ -124,7 +148,7 @@ def _own_mask(root, name, dims):
     if there("masks", own): return root / "masks" / own
     found = [n for n in others if there("masks", n) and not there("images", n)]
     if len(found) > 1: raise ValueError(f"{root / 'masks'} has {found[0]} and {found[1]} for the image {name}: keep one of them")
-    if not found: raise ValueError(f"{root / 'masks'} has no mask for the image {name}: name it {', '.join([own, *others[:-1]])} or {others[-1]}")
+    if not found: raise ValueError(f"{root / 'masks'} has no mask for the image {name}: name it {', '.join([own, *others[:-1]])} or {others[-1]}, or name in labels.csv the images that have one")
     return root / "masks" / found[0]
 
 # %% ../nbs/02a_folders.ipynb #f970c418

@@ -171,8 +171,9 @@ def undo_resample(
     shape: tuple,  # of the image, (D, H, W)
     first: int = 0,  # row of the grid that `drawn` begins with
     rows: tuple|None = None,  # of the image, which are wanted: the first, and the one after the last; None: all
-) -> np.ndarray:  # (those rows, H, W), in the same dtype; beyond what was drawn 0, or -inf of logits
+) -> np.ndarray:  # (those rows, H, W), in the same dtype; beyond what was drawn, and one step more, 0, or -inf of logits
     "What was drawn on the grid, or some rows of it, back on the voxels of the image: masks by nearest neighbour, logits linear."
     (begin, end), step, labels = rows or (0, shape[0]), step.copy(), drawn.dtype.kind != "f"
     step[:3, 3] += begin * step[:3, 2] - (0, 0, first)
+    drawn = np.pad(drawn, ((0, 1),) * 3, "edge")                                         # the grid may end up to half a step before the image
     return _onto_grid(drawn, step, (end - begin, *shape[1:]), labels, 0. if labels else -np.inf).astype(drawn.dtype)

@@ -135,7 +135,7 @@ def _listed(root, dims, seed):
     layout = find_layout(root)
     _check_dims(root, layout, dims)
     if layout is LAYOUTS[0]:
-        table = folder_table(root, dims, seed)
+        table = folder_table(root, dims, seed, unlisted=True)
         bad = table[table.reason.notna()]
         return Path(root).resolve().name, list(zip(table.source, table.image, manifest_facts(table.drop(columns=["source", "reason", "person"])))), dict(zip(bad.source, bad.reason))
     asked = SimpleNamespace(dims=dims, spacing=None, size=None, window=None, seed=seed, cache=None)

@@ -138,6 +138,7 @@ def open_itk(
     check_size(path, layout.stored, layout.dtype.itemsize, RATIO * held if layout.packed else held)
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO({"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}[format])       # which would not know its suffix in capitals
     reader.SetFileName(str(path)); reader.ReadImageInformation()
     load = lambda: _load_itk(path, layout)
     return Stored(path, format, tuple(layout.shape), layout.dtype.name, load, itk_affine(reader), layout.channels)
