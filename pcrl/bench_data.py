@@ -148,7 +148,7 @@ def crops_rows(
     else: print("torchio is not installed: no rows of it; pip install 'pcrl[bench]' brings it")
     for name, run in peers.items():
         for ending, samples, cold in (("", 2, None), ("_cold", 2, folder), ("_32", 32, None)):
-            figures = crops_over_peer(lambda: our_crops(store, 16, workers, crop), lambda: run(4, samples), cold, repeats)
+            figures = crops_over_peer(lambda: our_crops(store, 1 if cold else 16, workers, crop), lambda: run(4, samples), cold, repeats)
             work = (f"crops per second, {'x'.join(map(str, crop[::-1]))} from {n} volumes {'x'.join(map(str, shape))} int16, {workers} workers, "
                     f"{'cold' if cold else 'warm'} cache, peer cuts {samples} of each volume it reads, {repeats} repeats")
             yield dict(name=f"crops_over_{name}{ending}", **figures, better="higher", conditions=f"{work}; {conditions(torch.device('cpu'))}")

@@ -85,9 +85,9 @@ def infer_peak(
     **settings,  # `size` of the window, `classes`
 ) -> float:  # GB
     "Peak memory of one prediction, measured in a process of its own."
-    script = "import json, sys; from pcrl.bench_infer import _measure_peak; print(_measure_peak(*json.loads(sys.argv[1])))"
+    script = "import json, sys, torch; from pcrl.bench_infer import _measure_peak; torch.set_num_threads(int(sys.argv[2])); print(_measure_peak(*json.loads(sys.argv[1])))"
     args = json.dumps([side, shape, width, device.type, settings])
-    return float(subprocess.run([sys.executable, "-c", script, args], capture_output=True, text=True, check=True).stdout.split()[-1])
+    return float(subprocess.run([sys.executable, "-c", script, args, str(torch.get_num_threads())], capture_output=True, text=True, check=True).stdout.split()[-1])
 
 # %% ../nbs/17b_bench_infer.ipynb #03cfa79e
 VOLUMES = dict(time=dict(shape=(96, 160, 160), width=16), memory=dict(shape=(160, 384, 384), width=16), large=dict(shape=(600, 512, 512), width=0))

@@ -313,8 +313,8 @@ def peak_memory(
 ) -> float:  # GB
     "What a training step takes at its peak, measured in a process of its own."
     args = json.dumps([dict(dims=dims, width=width, shape=shape, bs=bs), checkpoint, device.type, settings])
-    script = "import json, sys; from pcrl.bench_step import _measure_peak; print(_measure_peak(*json.loads(sys.argv[1])))"
-    done = subprocess.run([sys.executable, "-c", script, args], capture_output=True, text=True, check=True)
+    script = "import json, sys, torch; from pcrl.bench_step import _measure_peak; torch.set_num_threads(int(sys.argv[2])); print(_measure_peak(*json.loads(sys.argv[1])))"
+    done = subprocess.run([sys.executable, "-c", script, args, str(torch.get_num_threads())], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 

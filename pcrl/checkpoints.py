@@ -151,10 +151,11 @@ def checkpoint_due(
     seconds: float,  # since the last one
     cost: float,  # seconds that it took to write
     every: int | None = None,  # steps; None: by the clock
+    ends: bool = False,  # whether the epoch ends here
 ) -> bool:
     "Whether a checkpoint is to be written after this step."
-    if every is not None: return step % every == 0
-    return seconds >= max(60, 100 * cost)
+    if every is not None: return ends or step % every == 0
+    return seconds >= max(0 if ends else 60, 100 * cost) or ends and cost < 0.1
 
 # %% ../nbs/08d_checkpoints.ipynb #2a6a8d40
 class RunStopped(InterruptedError):
@@ -173,17 +174,26 @@ class Checkpoints(Callback):
     ):
         self.folder, self.every, self.stopped_by = Path(folder), every, None
         self.kept, self.cost, self.unsaved = {}, 0.0, False  # `kept`: record's name to all files of a checkpoint
+        self.behind = None  # the epoch to go on with, where one ended and none was due
         self.best_files, self.copy = {}, 0  # file and checksum of the copies of the best weights, and which was written last
 
     def before_fit(self): self.last = time.perf_counter()
     def before_validate(self): self.random = random_state(self.dls)
-    def after_validate(self): self.keep(self.epoch + 1, 0, random_state(self.dls))
+
+    def after_validate(self):
+        ends = self._due(len(self.dls.train), ends=True) or self.epoch + 1 == self.n_epoch
+        if ends: self.keep(self.epoch + 1, 0, random_state(self.dls))
+        else: self.behind = self.epoch + 1
+
+    def _due(self, step: int, ends: bool = False) -> bool: return checkpoint_due(step, time.perf_counter() - self.last, self.cost, self.every, ends)
 
     def after_batch(self):
         batch, now = (self.iter + 1, random_state) if self.training else (len(self.dls.train), lambda _: self.random)
-        due = self.training and checkpoint_due(batch, time.perf_counter() - self.last, self.cost, self.every)
-        if due or self.stopped_by: self.keep(self.epoch, batch, now(self.dls))
+        if self.training and self._due(batch) or self.stopped_by: self.keep(self.epoch, batch, now(self.dls))
         if self.stopped_by: self._stop()
+
+    def after_cancel_fit(self):
+        if self.behind == self.epoch + 1: self.keep(self.behind, 0, random_state(self.dls))  # early stopping ends a fit so
 
     def after_epoch(self):
         if self.stopped_by and self.epoch + 1 < self.n_epoch: self._stop()
@@ -199,7 +209,7 @@ def keep(self: Checkpoints,
     random: tuple[dict, dict[str, Tensor]],  # of `random_state`
 ):
     "Write a checkpoint, or say why not."
-    start = time.perf_counter()
+    start, self.behind = time.perf_counter(), None
     def write():
         self.write_results()
         self._write(epoch, batch, random)

@@ -32,9 +32,9 @@ def checkpoint_size(
 def run_size(
     learn: Learner,  # the same; if it has a `KeepBest`, the parts that it keeps count
 ) -> int:  # bytes
-    "What a run's folder must have room for: three checkpoints, and the best weights twice."
+    "What a run's folder must have room for: three checkpoints, and the best weights four times."
     parts = learn.keep_best.parts if hasattr(learn, "keep_best") else ()
-    return 3 * checkpoint_size(learn) + 2 * sum(_bytes(getattr(learn.model, part)) for part in parts)
+    return 3 * checkpoint_size(learn) + 4 * sum(_bytes(getattr(learn.model, part)) for part in parts)
 
 # %% ../nbs/08g_forecast.ipynb #2f3ff071
 def seconds_left(

@@ -85,7 +85,7 @@ def _stop(self: FiniteGuard,
 ):
     "Keep the batch and end the run with a sentence."
     batch = _batch_tensors(self.xb, self.yb)
-    advice = f"lower the learning rate (now {self.opt.hypers[-1]['lr']:g})" + ", or take bfloat16 (to_bf16)" * self.scaled
+    advice = f"lower the learning rate (now {_rate(self):g})" + ", or take bfloat16 (to_bf16)" * self.scaled
     if spoilt := [name for name, v in batch.items() if not v.isfinite().all()]:
         advice = f"repair the images, for the batch itself is not finite ({', '.join(spoilt)})"
     kept = _keep_batch(self, batch, fault) if hasattr(self.learn, "run_folder") else ""
@@ -96,10 +96,17 @@ def _keep_batch(guard: FiniteGuard, batch: dict[str, Tensor], fault: str) -> str
     "Write the batch into the run's folder; the end of the sentence that says where."
     run, part = guard.run_folder, "train" if guard.training else "valid"
     path = run.path / "failed" / f"{part}-epoch-{guard.epoch}-batch-{guard.iter}.safetensors"
-    place = dict(fault=fault, part=part, epoch=guard.epoch, iter=guard.iter, seed=run.settings.get("seed"), lr=guard.opt.hypers[-1]["lr"])
-    write_tensors(path, batch)
-    write_whole(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(place, indent=1)))
+    place = dict(fault=fault, part=part, epoch=guard.epoch, iter=guard.iter, seed=run.settings.get("seed"), lr=_rate(guard))
+    try:
+        write_tensors(path, batch)
+        write_whole(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(place, indent=1)))
+    except OSError as e: return f"; the batch could not be kept in {path} ({e.strerror or e})"
     return f"; the batch is kept in {path}"
+
+
+def _rate(guard: FiniteGuard) -> float:
+    "The learning rate; before any fit there is no optimiser."
+    return guard.opt.hypers[-1]["lr"] if guard.opt else guard.learn.lr
 
 # %% ../nbs/08e_guards.ipynb #7e35eb74
 class GrowthGuard(Callback):

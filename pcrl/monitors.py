@@ -34,7 +34,7 @@ class Scale:
     @property
     def horizon(self) -> float:
         "Steps over which the momentum encoder averages."
-        return 1 / (1 - self.beta)
+        return 1 / (1 - self.beta) if self.beta < 1 else math.inf
 
 # %% ../nbs/09c_monitors.ipynb #113e0c3e
 def low_rank(
@@ -43,7 +43,7 @@ def low_rank(
 ) -> str | None:  # the cause in words, None if all is well
     "Whether the features span too few dimensions for the batch and the width."
     rank, most = figures.get("rank", math.nan), min(scale.batch, scale.width)
-    if most > 1 and (rank - 1) / (most - 1) < 0.1:
+    if rank < min(2, 1 + 0.1 * (most - 1)):
         return f"the features have collapsed: their effective rank is {rank:.1f}, where batch and width allow {most}"
 
 # %% ../nbs/09c_monitors.ipynb #0f77b01f

@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/pretrain.html.md"""
 
 # %% auto #0
 __all__ = ['SHOWN', 'MethodStep', 'MethodLoss', 'queue_size_for', 'EpochCosine', 'pretrain_learner', 'recipe_learner',
-           'load_method', 'open_store', 'pretraining_parts', 'store_loaders']
+           'load_method', 'open_store', 'pretraining_parts', 'store_loaders', 'large_enough']
 
 # %% ../nbs/10_pretrain.ipynb #2958f5a1
 import warnings
@@ -32,7 +32,7 @@ from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
 from .sources import printable
-from .store import Store, build_store
+from .store import Store, build_store, volume_names
 from .faults import GuardedLearner
 from .forecast import Forecast
 from .guards import FiniteGuard, GrowthGuard
@@ -79,6 +79,12 @@ def queue_size_for(
     return min(most, 2 ** ((pairs - 1).bit_length() - 1))
 
 # %% ../nbs/10_pretrain.ipynb #d59d30d3
+def _check_range(sample: np.ndarray):
+    "Refuse intensities that the networks were not made for."
+    if sample.dtype != np.uint8 and not (0 <= sample.min() and sample.max() <= 1):
+        raise ValueError(f"images hold {sample.min():g} to {sample.max():g} as {sample.dtype}: give uint8, or numbers from 0 to 1, such as a window of the intensities brought there")
+
+
 def _check_crops(dls: DataLoaders, dims: int, divisor: int):
     "Refuse crops that the network cannot halve or the transforms cannot turn, and batches of one."
     (_, channels, *size), (_, watched, *_) = (dl.dataset[0, 0].shape for dl in (dls.train, dls.valid))
@@ -112,8 +118,9 @@ def _fit_recipe(recipe: Recipe, dls: DataLoaders, settings: dict) -> Recipe:
 class EpochCosine(CosineDecay):
     "Half a cosine that moves once an epoch."
     def done(self) -> float:
-        "How much of the run is over, 0 to 1, before this epoch."
-        return self.epoch / self.n_epoch
+        "How much of the run is over, 0 to 1, before this epoch; after it, in the warm-up, whose first epoch would else stand still."
+        before = self.epoch / self.n_epoch
+        return min(before + 1 / self.n_epoch, self.warmup) if before < self.warmup else before
 
 
 def _schedule(recipe: Recipe) -> tuple[CosineDecay, KeepBest]:
@@ -146,13 +153,16 @@ def pretrain_learner(
     torch.manual_seed(seed)
     model = METHODS[method](dims, recipe, in_channels=sample.shape[1], width=width, net=net)
     _check_crops(dls, dims, model.divisor)
+    _check_range(sample)
+    if (out := model.config.get("out_channels", (given := model.config["in_channels"]))) != given:
+        raise ValueError(f"a pretraining paints images of the {given} channel(s) that it sees, and out_channels is {out}: leave it out")
     model.to(memory_format=(torch.channels_last, torch.channels_last_3d)[dims - 2])
     figures = EpochFigures()
     cbs = [MethodStep(seed), FiniteGuard(recipe.clip), GrowthGuard(), figures, CollapseMonitor(), *_schedule(recipe)]
     if torch.device(dls.device).type == "cpu": keep_freed_memory()
     if run is not None:
         cbs += [Forecast(run), RunFolder(run, dict(title=f"{method} in {dims}D, recipe {recipe.name}", **model.config, recipe=asdict(recipe),
-                                       data=data, seed=seed, crop_size=sample.shape[2:], batch_size=dls.train.bs, steps_per_epoch=len(dls.train),
+                                       data=data, images=len(dls.train.dataset.images), seed=seed, crop_size=sample.shape[2:], batch_size=dls.train.bs, steps_per_epoch=len(dls.train),
                                        **(notes or {})))]
     sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     shown = [ValueMetric(partial(figures.last, f"valid_{name}"), name) for name in SHOWN]
@@ -208,14 +218,25 @@ def open_store(
     made = next((Store(p) for p in (src, store) if (Path(p) / "manifest.csv").exists()), None)
     if made and made.dims != dims: raise ValueError(f"{made.path} is a {made.dims}D store: give dims {made.dims}")
     wanted = dict(spacing=spacing and [*spacing], size=size, window=window and [*window])
-    if made and (made.path == Path(src) or split is None and not Path(src).exists()): return made
+    if made and made.path == Path(src): return made
+    if made and split is None and not Path(src).exists():
+        warnings.warn(f"{src} is not there: {made.path}, made before, is used")
+        return made
     sources, describe = pretraining_sources(src, dims, seed, split)
-    if made and describe and (odd := sorted(set(made.manifest.volume) - {printable(describe(source)["volume"]) for source in sources})):
-        raise ValueError(f"{made.path} holds {odd[0]}, which is not to be pretrained on ({len(odd)} such in all): it was made with another split or seed, choose another name for the run")
-    if made and wanted.items() <= (wanted | made.settings).items(): return made
+    names = {printable(describe(source)["volume"]) for source in sources} if describe else volume_names(src, dims) if made else set()
+    if made and (odd := sorted(set(made.manifest.volume) - names)):
+        raise ValueError(f"{made.path} holds {odd[0]}, which is not to be pretrained on ({len(odd)} such in all): it was made of other images, or with another split or seed; "
+                         "choose another name for the run, or remove the store")
+    if made and wanted.items() <= (wanted | made.settings).items() and not _unread(made, names): return made
     built = build_store(sources, store, dims, spacing, size, window, describe=describe)
     if len(built.skipped): warnings.warn(f"{len(built.skipped)} files could not be read, they are listed in {built.path / 'skipped.csv'}")
     return built
+
+
+def _unread(store: Store, names: set[str]) -> list[str]:
+    "Of the names of images those that came after the store was built: they are neither in it nor skipped."
+    files = [f"/{file}" for file in store.skipped.file]
+    return [name for name in names - set(store.manifest.volume) if not any(file.endswith(f"/{name}") for file in files)]
 
 
 def pretraining_parts(
@@ -230,7 +251,8 @@ def pretraining_parts(
     part = np.array(split_by_patient(seen.patients, (1 - valid, valid, 0.0), seed) if len(seen) else [])
     train, watched = (seen.part(np.flatnonzero(part == name)) for name in ("train", "valid"))
     if not train or not watched:
-        raise ValueError(f"{store.path} has {len(set(seen.patients))} patient(s) to learn from: too few to keep {valid:.0%} for validation, give more or a larger share")
+        who = f"{len(seen)} images of {len(set(seen.patients))} patient(s)"
+        raise ValueError(f"{store.path} has {who} to learn from: too few to keep {valid:.0%} for validation, give more, a larger share, or patients in a labels.csv")
     return train, watched
 
 
@@ -245,4 +267,17 @@ def store_loaders(
     """Crop loaders of a store's `pretraining_parts`.
 
     Raises ValueError as it does."""
-    return crop_loaders(*pretraining_parts(store, valid, seed), size, bs, seed=seed, **kwargs)
+    train, watched = (large_enough(part, size) for part in pretraining_parts(store, valid, seed))
+    return crop_loaders(train, watched, size, bs, seed=seed, **kwargs)
+
+
+def large_enough(
+    images: Store,
+    size: Sequence[int],  # of a crop, ([D,] H, W)
+) -> Store:
+    "The images in which such a crop has room; warns of the others, unless there are no others."
+    room = np.array([all(n >= s for n, s in zip(shape[1:], size)) for shape in images.shapes])
+    if room.all() or not room.any(): return images
+    small = images.manifest[~room]
+    warnings.warn(f"{len(small)} of {len(images)} images are smaller than a crop of {'x'.join(map(str, size))} and left out, such as {small.volume.iloc[0]} ({small['shape'].iloc[0]})")
+    return images.part(np.flatnonzero(room))

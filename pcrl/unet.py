@@ -86,7 +86,7 @@ class ResNetEncoder(nn.Module):
 class TimmEncoder(nn.Module):
     """A network of timm as an encoder of F^1 to F^5; `.channels` are theirs.
 
-    Raises ImportError without timm, ValueError for a network without maps at 1/2, 1/4, 1/8, 1/16 and 1/32."""
+    Raises ImportError without timm, ValueError for a name that timm does not know, and a network without maps at 1/2, 1/4, 1/8, 1/16 and 1/32."""
     def __init__(self,
         name: str,  # in timm
         in_channels: int = 1,  # of the image
@@ -94,6 +94,7 @@ class TimmEncoder(nn.Module):
         super().__init__()
         try: import timm
         except ImportError as e: raise ImportError(f"backbone {name!r} is none of {', '.join(RESNETS)}; for timm's names: pip install timm") from e
+        if not timm.is_model(name): raise ValueError(f"there is no backbone {name!r}: choose {', '.join(RESNETS)}, or a name of timm.list_models()")
         self.net = timm.create_model(name, features_only=True, in_chans=in_channels)
         info = self.net.feature_info
         if info.reduction() != [2, 4, 8, 16, 32]:
@@ -143,7 +144,7 @@ def _composed_kernel(
     weight: Tensor,  # of the convolution of the enlarged map, (c_out, c_in, [3,] 3, 3)
 ) -> Tensor:  # of a transposed convolution with stride 2 and padding 1: (c_in, c_out, 4, 4); with a bias (c_in + 1, c_out, 4, 4, 4)
     "The kernel of `up` and a convolution together."
-    flipped = weight.flip(*range(2, weight.ndim))
+    flipped = weight.flip(tuple(range(2, weight.ndim)))
     if weight.ndim == 4: return F.avg_pool2d(flipped, 2, stride=1, padding=1, divisor_override=1).transpose(0, 1)
     bias = up.bias.view(1, -1, 1, 1, 1).expand(1, -1, *up.kernel_size)
     return F.conv_transpose3d(torch.cat([up.weight, bias]), flipped.transpose(0, 1))
@@ -207,6 +208,7 @@ def _running_statistics_kept(block: nn.Module):
         for m, buffers in own.items(): m._buffers = buffers
 
 
+@torch.compiler.disable
 def _checkpointed(block: UpBlock, x: Tensor, skip: Tensor | None) -> Tensor:
     "`block(x, skip)`, keeping the inputs of its two halves alone for the backward pass."
     contexts = lambda: (nullcontext(), _running_statistics_kept(block))
