@@ -7,8 +7,8 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Split', 'Out', 'Epochs', 'Resume', 'Every', 'main',
            'one_sentence', 'stoppable', 'log_by_epoch', 'DemoData', 'demo', 'parse_crop', 'above_zero', 'pretrain',
-           'diagnose', 'split', 'name_each', 'ManyRatios', 'finetune', 'predict', 'compare', 'export', 'bench',
-           'reproduce', 'progress', 'store', 'check']
+           'diagnose', 'split', 'name_each', 'ManyRatios', 'differs_from_pretraining', 'finetune', 'predict', 'compare',
+           'export', 'bench', 'reproduce', 'progress', 'store', 'check']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import math, os, signal, sys, threading, warnings
@@ -52,7 +52,9 @@ def one_sentence(
 
 
 @contextmanager
-def stoppable():
+def stoppable(
+    then: str = "give the command again, with --resume if it has begun to fill OUT",
+):
     "Let SIGTERM and Ctrl-C end a command with the code that says that it can be continued, also where it is not training."
     process, numbers = os.getpid(), (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     def stop(number, _frame):
@@ -62,7 +64,7 @@ def stoppable():
     try: yield
     except KeyboardInterrupt as e:
         from pcrl.checkpoints import RunStopped
-        raise RunStopped(f"stopped by {e}: give the command again, with --resume if it has begun to fill OUT") from None
+        raise RunStopped(f"stopped by {e}: {then}") from None
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
@@ -129,7 +131,7 @@ def above_zero(
 # %% ../nbs/20_cli.ipynb #adc522b1
 Dims = Annotated[int, typer.Option(min=2, max=3, help="2 for radiographs, 3 for CT and MRI.")]
 Crop = Annotated[str | None, typer.Option(help="Voxels of a crop. Default 32x64x64, in 2D 224x224.", metavar="DxHxW")]
-Size = Annotated[int, typer.Option(help="2D: pixels a side to which images are brought.")]
+Size = Annotated[int, typer.Option(help="2D: pixels a side to which images are brought; images with masks keep their own size.")]
 Spacing = Annotated[tuple[float, float, float], typer.Option(help="3D: spacing in mm (z y x) to which volumes are brought.")]
 Window = Annotated[tuple[float, float] | None, typer.Option(
     help="Intensities that become 0 and 1, such as `-1000 1000` for lung CT; percentiles of each image if left out.")]
@@ -180,6 +182,8 @@ def pretrain(
     for option, value in dict(split=split, spacing=spacing, window=window).items():
         if value is not None and (src / "store.json").exists():
             raise ValueError(f"{src} is a store, which --{option} does not change: leave it out, or give the images that the store was made of")
+    for option, value in {"epochs": epochs, "pairs-per-image": pairs_per_image}.items():
+        if minutes is not None and value is not None: raise ValueError(f"--minutes chooses what --{option} would say: give one of the two")
     r, settings, images = get_recipe(recipe, dims), {} if lr is None else dict(lr=lr), out.with_name(f"{out.name}-store")
     resume = resume and ((out / "config.json").exists() or not images.exists())  # stopped while it read images, it begins
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
@@ -192,11 +196,11 @@ def pretrain(
         if resume: plan = b.kept_plan(out)
         else:
             crops["pairs_per_image"] = b.pairs_to_measure(len(p.pretraining_parts(store, valid, seed)[0]), crops["bs"], crops["pairs_per_image"])
-            plan = b.plan_budget(minutes, loaders, dims, r, b.sizes_that_fit(dims, b.smallest_shape(store), given["size"], width))
+            plan = b.plan_budget(minutes, loaders, dims, r, b.sizes_that_fit(dims, b.usual_shape(store), given["size"], width))
         typer.echo(str(plan))
         crops |= dict(size=plan.crop, pairs_per_image=plan.pairs_per_image, steps=plan.steps_per_epoch)
-        width, epochs = plan.width, epochs or plan.epochs
-    notes = dict(store=str(store.path.resolve()), manifest=file_hash(store.path / "manifest.csv"), valid=valid, loaders=crops, plan=plan and asdict(plan))
+        width, epochs = plan.width, plan.epochs
+    notes = dict(store=str(store.path.resolve()), prepared={k: store.settings[k] for k in ("spacing", "size", "window")}, manifest=file_hash(store.path / "manifest.csv"), valid=valid, loaders=crops, plan=plan and asdict(plan))
     learn = p.pretrain_learner(loaders(), dims, recipe=at_size(r, crops["size"]), width=width or 64, run=out, seed=seed,
                                data=f"{len(store)} images of {src.name}", notes=notes, **settings)
     learn.run_folder.every = every
@@ -254,6 +258,19 @@ class ManyRatios(typer.core.TyperCommand):
     def parse_args(self, ctx, args): return super().parse_args(ctx, name_each(args, "--ratios"))
 
 # %% ../nbs/20_cli.ipynb #e6d987d3
+def differs_from_pretraining(
+    init: str,  # as in `load_init_`
+    **prepared,  # settings of the images: spacing, window
+) -> list[str]:  # sentences
+    "Where a pretraining saw its images prepared in another way."
+    if not (Path(init) / "config.json").exists(): return []
+    from pcrl.runs import read_config
+    before = read_config(init).get("prepared", {})
+    said = lambda value, option: f"--{option} {' '.join(f'{v:g}' for v in value)}" if value else f"no --{option}"
+    differ = [k for k, v in prepared.items() if k in before and list(before[k] or ()) != list(v or ())]
+    return [f"{init} was pretrained with {said(before[k], k)}, and this is {said(prepared[k], k)}: it knows images as they were prepared there" for k in differ]
+
+
 @app.command(cls=ManyRatios)
 @one_sentence
 @stoppable()
@@ -306,6 +323,7 @@ def finetune(
     if cache is None and own.exists() and not any(out.glob("**/config.json")): resume = False  # stopped while it prepared cases, it begins
     for source in (init, compare): check_init(source, dims)
     cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else crop and box, window, cache=cache or own, split=split)
+    for told in differs_from_pretraining(init, window=window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
     settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=box, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,
@@ -319,6 +337,7 @@ def finetune(
 # %% ../nbs/20_cli.ipynb #51d1571f
 @app.command()
 @one_sentence
+@stoppable("what was predicted is listed in predictions.csv in OUT; predict the rest into another folder")
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a finetuning, or a folder of repeats, seed0, seed1, ..., whose mean predicts.")],
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Image files, and folders, which are searched with all their subfolders.")],

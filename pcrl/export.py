@@ -166,6 +166,7 @@ def _save_weights(tensors: dict[str, Tensor], file: Path, title: str) -> str:
 def _write_folder(folder: Path, fill):
     "Let `fill` make a folder beside its place, then put it there."
     beside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)  # of an export that was killed
     try:
         fill(beside)
         beside.rename(folder)

@@ -9,9 +9,10 @@ __all__ = ['KEPT', 'DROPPED', 'Finetuned', 'load_model', 'load_finetuned', 'sour
            'list_sources', 'mask_figure', 'labels_figure', 'predict']
 
 # %% ../nbs/13d_predict.ipynb #58eedcaa
-import hashlib, re, warnings
+import hashlib, os, re, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -20,10 +21,12 @@ from fastai.torch_core import default_device
 from torch import Tensor, nn
 
 from .classify import Classifier
+from .faults import is_full_memory
 from .files import read_channels
 from .geometry import is_sheared
 from .preparation import joint_preparation, prepare_again, unlike_seen
-from .runs import encoder_settings, load_part_, load_unet, load_weights_, read_config, write_whole
+from .records import lock_folder
+from .runs import encoder_settings, load_part_, load_unet, load_weights_, read_config, unfinished, write_whole
 from .segment import overlay_figure
 from .sliding import Ensemble, FlipAverage, predict_source_mask
 from .sources import printable
@@ -38,6 +41,7 @@ class Finetuned:
     id: str  # of the weights
     config: dict  # of the first run; of several its `preparation` says what all of them saw
     models: list[nn.Module]  # in evaluation mode, on fastai's default device
+    cautions: list[str]  # of runs that have not come to their end
 
 
 def _members(run: Path) -> list[Path]:
@@ -78,7 +82,8 @@ def load_finetuned(
             raise ValueError(f"{member} and {members[0]} were finetuned on different data: they predict nothing together")
     models = [load_model(member).to(default_device()).eval() for member in members]
     weights = b"".join(p.read_bytes() for member in members for p in sorted(member.glob("*.safetensors")))
-    return Finetuned(f"{Path(run).resolve().name}-{hashlib.sha256(weights).hexdigest()[:8]}", configs[0] | dict(preparation=how), models)
+    cautions = [f"{member} has not come to the end of its training, so that its weights are those of some epoch: finish it with --resume" for member in members if unfinished(member)]
+    return Finetuned(f"{Path(run).resolve().name}-{hashlib.sha256(weights).hexdigest()[:8]}", configs[0] | dict(preparation=how), models, cautions)
 
 # %% ../nbs/13d_predict.ipynb #4a3b1b4b
 def source_mask(
@@ -249,31 +254,39 @@ def predict(
 ) -> tuple[int, int]:  # inputs that were predicted, and that were skipped
     """Predict every input: masks in its own geometry and format, or probabilities; `predictions.csv` lists them, `skipped.csv` what could not be read.
 
-    Raises FileNotFoundError or ValueError for a run that cannot predict, FileExistsError if `out` holds predictions already, or a file that one would replace, OSError if it cannot be written."""
+    Raises FileNotFoundError or ValueError for a run that cannot predict, FileExistsError if `out` holds predictions already, or a file that one would replace, BlockingIOError if another process writes there, OSError if it cannot be written."""
     of, out = load_finetuned(run), Path(out)
-    if (out / "predictions.csv").exists() or (out / "skipped.csv").exists(): raise FileExistsError(f"{out} holds predictions already: choose another folder, or remove it first")
+    if (out / "predictions.csv").exists(): raise FileExistsError(f"{out} holds predictions already: choose another folder, or remove it first")
     dims, model = of.config["dims"], of.models[0] if len(of.models) == 1 else Ensemble(of.models)
     if flips: model = FlipAverage(model, range(-dims, 0))
     sources, skipped = list_sources(inputs, dims, of.config["preparation"].get("contrasts"))
     figure_of = lambda name: out / "figures" / f"{name}.png"
     targets = [path for _, name in sources for path in (*([out / name] if of.config["task"] == "segment" else []), figure_of(name))]
     if there := [path for path in targets if path.exists()]: raise FileExistsError(f"{there[0]} is there already, and a prediction would replace it: choose another folder")
-    rows = []
+    rows, lock = [], lock_folder(out)
     try:
+        for sentence in of.cautions: warnings.warn(sentence)
         for i, (source, name) in enumerate(sources, 1):
             try:
                 volume = _read_for(source, of.config)
-                warned = unlike_seen(volume, of.config["preparation"]) + (_of_place(volume) if of.config["task"] == "segment" else [])
-                for sentence in warned: warnings.warn(f"{source}: {sentence}")
-                if of.config["task"] == "segment": found = dict(mask=name.as_posix()) | _predict_mask_file(of, model, volume, out / name, figure_of(name))
+                warned = of.cautions + unlike_seen(volume, of.config["preparation"]) + (_of_place(volume) if of.config["task"] == "segment" else [])
+                for sentence in warned[len(of.cautions):]: warnings.warn(f"{source}: {sentence}")
+                if of.config["task"] == "segment": found = dict(mask=printable(name.as_posix())) | _predict_mask_file(of, model, volume, out / name, figure_of(name))
                 else: found = _predict_labels(of, volume, figure_of(name))
                 rows.append(dict(run=of.id, source=printable(source), **found, warning="; ".join(warned)))
                 tell(printable(f"{i}/{len(sources)} {source}"))
-            except ValueError as e: skipped.append((str(source), str(e)))
+            except ValueError as e:
+                if getattr(e.__cause__, "errno", None) in (ENOSPC, EDQUOT): raise OSError(str(e)) from e
+                skipped.append((str(source), str(e)))
+            except (MemoryError, RuntimeError) as e:
+                if not is_full_memory(e): raise
+                skipped.append((str(source), f"{source} does not fit into the memory: predict it on another machine"))
     finally:  # also where the disk is full, or a user stops it
         skipped = [(printable(file), printable(reason)) for file, reason in skipped]
         for table, file in ((pd.DataFrame(rows), "predictions.csv"), (pd.DataFrame(skipped, columns=["file", "reason"]), "skipped.csv")):
             if len(table): write_whole(out / file, lambda p: table.to_csv(p, index=False))
+        (out / "lock").unlink(missing_ok=True)
+        os.close(lock)
     return len(rows), len(skipped)
 
 

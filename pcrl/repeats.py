@@ -8,7 +8,7 @@ Docs: https://pcrl-team.github.io/pcrl/repeats.html.md"""
 __all__ = ['spread', 'markdown_table', 'measured_on', 'facts', 'repeats_report', 'origin', 'check_options', 'finetune_repeats']
 
 # %% ../nbs/18d_repeats.ipynb #d32a57ab
-import json, time
+import hashlib, json, time
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -99,13 +99,19 @@ def origin(
     "What was finetuned, for a table."
     if init in (None, "scratch", "imagenet"): return dict(method=str(init or "scratch"), recipe="none")
     config = read_config(init) if Path(init).is_dir() else {}
-    return dict(method=Path(init).name, recipe=config.get("recipe", {}).get("name", "none"))
+    return dict(method=Path(init).resolve().name, recipe=config.get("recipe", {}).get("name", "none"))
 
 
 def _options(cases: Cases, seed: int, labelled: int | float | None, init, settings: dict) -> dict:
     "What all repeats have in common, as JSON has it."
     asked = {k: v for k, v in settings.items() if k not in ("cbs", "every", "bar")} | dict(seed=seed, labelled=labelled, init=str(init or "scratch"))
-    return json.loads(json.dumps(asked | dict(cases=cases.name, split=split_id(cases), images=getattr(cases.images, "settings", None))))
+    return json.loads(json.dumps(asked | dict(cases=cases.name, split=split_id(cases), images=getattr(cases.images, "settings", None), truth=_truth_id(cases))))
+
+
+def _truth_id(cases: Cases) -> str:
+    "Of all labels, or masks; of masks on disk, of their files' sizes and times."
+    kept = repr(cases.targets.stamps()).encode() if isinstance(cases.targets, OnDisk) else b"".join(np.ascontiguousarray(t).tobytes() for t in cases.targets)
+    return hashlib.sha256(kept).hexdigest()[:16]
 
 
 def check_options(
@@ -114,7 +120,7 @@ def check_options(
 ) -> dict:  # what is asked for
     "What is asked for; raises ValueError if the repeats that are in a folder were made with something else."
     asked, path = _options(*args), Path(out) / "options.json"
-    before = json.loads(path.read_text()) if path.exists() else asked
+    before = dict(truth=asked["truth"]) | json.loads(path.read_text()) if path.exists() else asked  # an older version wrote no truth
     if changed := [k for k in asked if before.get(k) != asked[k]]:
         raise ValueError(f"{out} was finetuned with another {', '.join(changed)}: continue it with the options in {path}, or choose another folder")
     return asked

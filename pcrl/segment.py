@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from fastai.torch_core import default_device
 from torch import Tensor, nn
 
-from .classify import LabelledLoader, load_init_
+from .classify import LabelledLoader, check_channels, load_init_
 from .datasets import Cases
 from .files import OnDisk
 from .runs import finetune_learner
@@ -76,11 +76,11 @@ class LabelledCrops:
 
 # %% ../nbs/13_segment.ipynb #17477939
 def _check_masks(cases: Cases):
-    "Refuse masks in memory that have values that no class has, or do not lie on their images, and a train part without foreground."
+    "Refuse images of different channels, masks in memory that have values that no class has, or do not lie on their images, and a train part without foreground."
+    check_channels(cases)
     if isinstance(cases.targets, OnDisk): return
     for name, image, mask in zip(cases.names, cases.images, cases.targets):
         if mask.shape != image.shape[1:]: raise ValueError(f"{cases.name}: the mask of {name} has shape {mask.shape}, its image {image.shape[1:]}: they must cover the same grid")
-        if len(image) != len(cases.images[0]): raise ValueError(f"{cases.name}: image {name} has {len(image)} channel(s), image {cases.names[0]} has {len(cases.images[0])}: give images of one kind")
         if len(strange := mask[~np.isin(mask, range(1 + len(cases.classes)))]):
             raise ValueError(f"{cases.name}: the mask of {name} has the value {strange[0]:g}, which is none of 0 to {len(cases.classes)} ({', '.join(cases.classes)}): mend it or name the class")
     if not any(np.any(mask) for mask in cases.part("train").targets):
