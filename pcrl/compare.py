@@ -18,7 +18,7 @@ import numpy as np, pandas as pd
 
 from .finetune import read_predictions
 from .masks import FIGURES, NAMES
-from .report import paired_interval
+from .report import p_said, paired_interval
 from .runs import read_config
 from .statistics import (FEWEST, TOO_FEW, auc_per_label, delong_test, enough_of_both, enough_patients, interval, paired_bootstrap, patient_draws,
                              resampled, wilcoxon_p, with_mean)
@@ -44,6 +44,8 @@ class Tested:
 def _of_labels(run: Path) -> Tested:
     "The test of a classification."
     p = read_predictions(run)
+    order = np.argsort(p.cases.case.astype(str), kind="stable")  # as of masks
+    p = replace(p, cases=p.cases.iloc[order].reset_index(drop=True), labels=p.labels[order], probabilities=p.probabilities[order])
     auc, enough = auc_per_label(p.labels, p.probabilities), enough_of_both(p.labels, p.cases.patient)
     averaged = np.where(enough, auc, np.nan) if enough.any() else auc
     left_out = ", ".join(name for name, kept, value in zip(p.classes, averaged, auc) if np.isnan(kept) and not np.isnan(value))
@@ -102,8 +104,8 @@ def find_arms(
             if repeat in arms.setdefault(str(arm), {}): raise ValueError(f"{run} is given twice: name each run once")
             arms[str(arm)][repeat] = found
             _check_same_cases(*first, run, found)
-    names = [Path(arm).name for arm in arms]
-    return {Path(arm).name if names.count(Path(arm).name) == 1 else arm: repeats for arm, repeats in arms.items()}
+    names = [Path(arm).resolve().name for arm in arms]
+    return {name if names.count(name) == 1 else arm: repeats for name, (arm, repeats) in zip(names, arms.items())}
 
 
 def every_figure(
@@ -212,7 +214,7 @@ def claim(
     base: str,  # name of the first arm
 ) -> str:  # a sentence
     "What the difference in the mean figure allows to say."
-    over = lambda kind: f"over {kind} {row[f'{kind}_low']:+.3f} to {row[f'{kind}_high']:+.3f} (p = {row[f'{kind}_p']:.3f}"
+    over = lambda kind: f"over {kind} {row[f'{kind}_low']:+.3f} to {row[f'{kind}_high']:+.3f} ({p_said(row[f'{kind}_p'])}"
     if np.isnan(row.difference): return f"{row.arm} against {base}: nothing is claimed, for the test cases give no {row.metric}."
     said = f"{row.arm} minus {base}: {row.difference:+.3f} {row.metric}{without(row)}"
     if few := np.isnan(row.patients_low): said += ", with too few test patients for an interval"

@@ -99,7 +99,7 @@ def _mean_auc(targets: np.ndarray, scores: np.ndarray) -> float:
 
 def _score(columns: list, x: np.ndarray, y: np.ndarray) -> float:
     "Accuracy of one classifier, or mean AUC of one for each label; labels that could not be learned have none."
-    if y.ndim == 1: return columns[0].score(x, y)
+    if y.ndim == 1: return columns[0].score(x, y) if columns[0] else np.nan
     learned = [i for i, c in enumerate(columns) if c]
     return np.nan if not learned else _mean_auc(y[:, learned], np.array([columns[i].decision_function(x) for i in learned]).T)
 

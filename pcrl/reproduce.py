@@ -90,12 +90,15 @@ def _wide(part: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     return wide.set_axis([" ".join(c) for c in wide.columns], axis=1).reset_index()
 
 
+def _interval(low: float, high: float) -> str: return "not known" if np.isnan(low) else f"{low:+.3f} to {high:+.3f}"
+
+
 def _shown(compared: pd.DataFrame) -> pd.DataFrame:
     "What `compare` found, for reading."
     one = compared.iloc[0]
     row = lambda r: {"data": r.data, "labelled": _share(r.ratio), "pairs": r.pairs, one.method: f"{r.mean:.3f}", one.baseline: f"{r.baseline_mean:.3f}",
-                     "difference": f"{r.difference:+.3f}", "95 %": f"{r.low:+.3f} to {r.high:+.3f}", "p": _p(r.p),
-                     "seeds": r.seeds, "95 % over seeds": f"{r.seeds_low:+.3f} to {r.seeds_high:+.3f}", "p over seeds": _p(r.seeds_p), "outcome": r.outcome}
+                     "difference": f"{r.difference:+.3f}", "95 %": _interval(r.low, r.high), "p": _p(r.p),
+                     "seeds": r.seeds, "95 % over seeds": _interval(r.seeds_low, r.seeds_high), "p over seeds": _p(r.seeds_p), "outcome": r.outcome}
     return pd.DataFrame(list(map(row, compared.itertuples())))
 
 

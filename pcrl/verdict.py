@@ -9,18 +9,20 @@ __all__ = ['IMAGES', 'SOUND', 'SEEN', 'FAULTS', 'pair_of_each', 'held_out_crops'
            'errors_figure', 'diagnose_run']
 
 # %% ../nbs/18a_verdict.ipynb #2d97d546
-import math, warnings
+import math, re, warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from fastai.torch_core import default_device
 from torch import Tensor, nn
 
+from .checkpoints import find_checkpoints
 from .contrast import effective_rank
 from .crops import CropPairs
 from .diagnose import answers_figure, ask_every_transform, evaluating, obedience, paths_figure
 from .instruments import carried, gate_spread, held_out_contrast, loss_gradients, queue_facts
-from .pretrain import load_method, pretraining_parts
+from .monitors import PLATEAU
+from .pretrain import large_enough, load_method, pretraining_parts
 from .records import file_hash
 from .report import figure_html, paragraph, table_html, write_page
 from .runs import read_config, write_whole
@@ -49,7 +51,7 @@ def _as_trained_on(config: dict, folder: Path) -> bool:
 
 
 def _held_out(config: dict, store: str | Path | None) -> Store:
-    "Images that a run was not trained on: of its own store, or of another."
+    "Images that a run was not trained on, nor on others of their patients: of its own store, or of another."
     own, images = Path(config["store"]), Store(store or config["store"])
     known = next((folder for folder in (own, images.path) if _as_trained_on(config, folder)), None)
     if known is None and images.path.resolve() == own.resolve():
@@ -58,6 +60,7 @@ def _held_out(config: dict, store: str | Path | None) -> Store:
     trained = pretraining_parts(Store(known), config["valid"], config["seed"])[0].manifest if known else images.manifest[:0]
     key = "file" if images.path == known else "sha256"
     same = images.manifest[key].isin(trained[key]) if key in images.manifest and key in trained else np.zeros(len(images), bool)
+    if {"patient"} <= set(images.manifest) & set(trained): same = same | images.manifest.patient.isin(trained.patient.dropna())
     return images.part(np.flatnonzero(~same))
 
 
@@ -67,15 +70,15 @@ def held_out_crops(
 ) -> tuple[Tensor, int]:  # (`IMAGES`, 2, C, [D,] H, W), in the store's dtype; and of how many images they are, in turn
     """Two crops of each of up to `IMAGES` images that the run was not trained on, cut by its own rules; fewer images are cut again.
 
-    Raises ValueError for a run that does not say what it was trained on, its own store if that has changed, a store of other dims, or fewer than two images; FileNotFoundError if its store is gone."""
+    Raises ValueError for a run that does not say what it was trained on, its own store if that has changed, a store of other dims, or without such images; FileNotFoundError if its store is gone."""
     config = read_config(run)
     if not {"loaders", "manifest"} <= config.keys(): raise ValueError(f"{run} does not say what it was trained on: `pcrl pretrain` writes that into config.json")
     if store is None and not (Path(config["store"]) / "manifest.csv").exists():
         raise FileNotFoundError(f"the store {config['store']} of {run} is gone: name another with --store")
     images = _held_out(config, store)
-    if not len(images): raise ValueError(f"{images.path} holds no image that {run} was not trained on: name a store of others with --store")
+    if not len(images): raise ValueError(f"{images.path} holds no image of patients that {run} was not trained on: name a store of others with --store")
     if images.dims != config["dims"]: raise ValueError(f"{images.path} is a {images.dims}D store, but {run} was pretrained in {config['dims']}D: name another with --store")
-    if len(images) == 1: raise ValueError(f"{images.path} holds one image that {run} was not trained on, which cannot be told from others: name a store of more with --store")
+    images = large_enough(images, config["loaders"]["size"])
     order = np.random.default_rng(config["seed"]).permutation(len(images))[:IMAGES]
     return pair_of_each([images[i] for i in order], config["loaders"], config["seed"], IMAGES), len(order)
 
@@ -110,7 +113,7 @@ def measure(
     found = dict(images=images, pairs=len(crops), width=features.shape[1], rank=effective_rank(features).item())
     if r.reconstruction_weight: found |= _heard(model, views, n, bs)
     if r.contrast_weight:
-        found |= _told_apart(model, views, images, bs) | dict(keys=len(model.queue.keys), horizon=1 / (1 - r.beta))
+        found |= (_told_apart(model, views, images, bs) if images > 1 else {}) | dict(keys=len(model.queue.keys), horizon=1 / (1 - r.beta))
         if trained_on: found |= queue_facts(len(model.queue.keys), bs, len(r.queue_keys), trained_on, pairs_per_image)
     return found | loss_gradients(model, crops[:min(n, bs)], torch.Generator(crops.device).manual_seed(0))
 
@@ -173,12 +176,19 @@ FAULTS = {"collapsed": _collapsed, "leaning on skips": _leaning, "deaf to T": _d
 
 def judge(
     found: dict[str, float],  # from `measure`
+    steps: int | None = None,  # that the run had; None: enough to tell
 ) -> tuple[str, str]:  # one of `FAULTS`, or "sound"; and the figure that says so
-    "The verdict on a run."
+    "The verdict on a run; before `PLATEAU` steps every run looks collapsed or deaf, and is called under-trained."
     for word, fault in FAULTS.items():
-        if reason := fault(found): return word, reason
+        if not (reason := fault(found)): continue
+        early = steps is not None and steps < PLATEAU and word in ("collapsed", "deaf to T")
+        return ("under-trained", f"after {steps} steps, of {PLATEAU} before which nothing else can be told, {reason}") if early else (word, reason)
+    if found["images"] == 1: return "sound", f"{_figures(found)}; whether it tells images apart cannot be seen on a single one"
     few = f"; on {found['images']} images, of which {IMAGES} are wanted: with more of them top1 falls" if found["images"] < IMAGES and "top1" in found else ""
-    return "sound", ", ".join(f"{name} {found[name]:.2f}" for name in SOUND if name in found) + few
+    return "sound", _figures(found) + few
+
+
+def _figures(found: dict) -> str: return ", ".join(f"{name} {found[name]:.2f}" for name in SOUND if name in found)
 
 # %% ../nbs/18a_verdict.ipynb #32ed360d
 def errors_figure(
@@ -201,19 +211,27 @@ def diagnose_run(
     out: str | Path,  # folder for diagnose.csv and diagnose.html
     store: str | Path | None = None,  # of images, from which those that the run was trained on are left out; None: its own
 ) -> tuple[str, str]:  # the verdict and its reason
-    """Measure a run after its last whole epoch, and write a table and a page.
+    """Measure a run at its newest checkpoint, and write a table and a page.
 
-    Raises FileNotFoundError if the run or its store is not there, ValueError if it is no pretraining run."""
+    Raises FileNotFoundError if the run or its store is not there, ValueError if it is no pretraining run, or nothing can be seen on the images that are left."""
     model, config, out = load_method(run).to(default_device()), read_config(run), Path(out)
     crops, images = held_out_crops(run, store)
-    crops, pairs = crops.to(default_device()), config["loaders"]["pairs_per_image"]
-    found = measure(model, crops, images, config["steps_per_epoch"] * config["batch_size"] // pairs, pairs, config["batch_size"])
+    if images == 1 and not model.recipe.reconstruction_weight:
+        raise ValueError(f"one image is left that {run} was not trained on, which cannot be told from others: name a store of more with --store")
+    crops, pairs, steps = crops.to(default_device()), config["loaders"]["pairs_per_image"], _steps(run, config)
+    found = measure(model, crops, images, config.get("images") or config["steps_per_epoch"] * config["batch_size"] // pairs, pairs, config["batch_size"])
     table = pd.DataFrame(dict(name=found.keys(), value=found.values(), reference=references(found, model.dims).values()))
     write_whole(out / "diagnose.csv", lambda p: table.to_csv(p, index=False))
-    word, reason = judge(found)
-    write_page(out / "diagnose.html", f"{config['title']}: {word}", {"": [paragraph(f"Verdict: {word}. {reason[0].upper()}{reason[1:]}.", note=word != "sound")]}
+    word, reason = judge(found, steps)
+    write_page(out / "diagnose.html", f"{config['title']}: {word}", {"": [paragraph(f"Verdict after {steps} steps: {word}. {reason[0].upper()}{reason[1:]}.", note=word != "sound")]}
                | _seen(model, crops, found) | {"All figures": [table_html(table)]})
     return word, reason
+
+
+def _steps(run: str | Path, config: dict) -> int:
+    "How many steps a run's newest checkpoint has behind it."
+    epoch, batch = map(int, re.findall(r"\d+", find_checkpoints(Path(run) / "resume")[0].stem))
+    return epoch * config["steps_per_epoch"] + batch
 
 
 def _seen(model: nn.Module, crops: Tensor, found: dict[str, float]) -> dict[str, list[str]]:
