@@ -61,9 +61,10 @@ def evaluate_segmentation(
 def evaluate_classification(
     model: nn.Module,  # images to logits, (B, labels)
     test: Cases,  # task "classify"
+    bs: int = 64,  # images shown at once
 ) -> tuple[dict[str, float], np.ndarray]:  # metrics, and probabilities (N, labels)
     "AUC over the test cases: `auc`, and `auc NAME` for each label; nan for a label that all or no cases have."
-    probabilities = predict_probabilities(model, test.images, exclusive=np.ndim(test.targets) == 1)
+    probabilities = predict_probabilities(model, test.images, bs, np.ndim(test.targets) == 1)
     auc = auc_per_label(test.targets, probabilities)
     return {"auc": pd.Series(auc).mean()} | {f"auc {name}": a for name, a in zip(test.classes, auc)}, probabilities
 
@@ -108,6 +109,7 @@ def _classification_files(test: Cases, probabilities: np.ndarray, run: Path) -> 
 
 def _measure(
     model: nn.Module, test: Cases, crop: Sequence[int],
+    bs: int,  # images shown at once: as many as in training, since these fitted into the memory
     run: str | Path,  # gets a `test.csv`, and `cases.csv` of segmentation, `predictions.csv` of classification
 ) -> tuple[dict[str, float], list | np.ndarray]:
     "Test figures and predictions for the cases' task."
@@ -117,7 +119,7 @@ def _measure(
         table = summarise_masks(of_cases)
         metrics = {metric: value for metric, value in zip(table.metric, table.value) if metric.startswith("dice")}
     else:
-        metrics, predictions = evaluate_classification(model, test)
+        metrics, predictions = evaluate_classification(model, test, bs)
         table = _classification_files(test, predictions, Path(run))
     write_whole(Path(run) / "test.csv", lambda p: table.to_csv(p, index=False))
     return metrics, predictions
@@ -179,4 +181,4 @@ def finetune(
     with ExitStack() as quiet:
         if not bar: quiet.enter_context(learn.no_bar()); quiet.enter_context(learn.no_logging())
         learn.fit(epochs, cbs=cbs, start_epoch=continue_run(learn) if resume else 0)
-    return _measure(learn.model, test, crop, run)
+    return _measure(learn.model, test, crop, bs, run)

@@ -43,6 +43,7 @@ class FactoredOuterLinear(nn.Module):
         self.A = nn.Linear(channels, rank, bias=False)
         self.B = nn.Linear(channels, rank, bias=False)
         self.U = nn.Linear(rank, channels, bias=False)
+        for layer in (self.A, self.B): nn.init.uniform_(layer.weight, -(3 / channels) ** 0.5, (3 / channels) ** 0.5)  # keeps the variance
 
     def forward(self,
         f_p: Tensor,  # embedded transform, (B, C)
