@@ -74,9 +74,10 @@ def check_channels(
 ):
     "Refuse images of different numbers of channels: a ValueError, where looking costs no reading."
     if isinstance(cases.images, OnDisk) and cases.images.cache is None: return
-    first = len(cases.images[0])
-    for name, image in zip(cases.names, cases.images):
-        if len(image) != first: raise ValueError(f"{cases.name}: image {name} has {len(image)} channel(s), image {cases.names[0]} has {first}: give images of one kind")
+    first, *others = [i for i, part in enumerate(cases.split) if part != "unlabelled"]       # which nobody has prepared
+    for i in others:
+        here, there = (len(cases.images[k]) for k in (i, first))
+        if here != there: raise ValueError(f"{cases.name}: image {cases.names[i]} has {here} channel(s), image {cases.names[first]} has {there}: give images of one kind")
 
 
 def _check_shapes(cases: Cases):

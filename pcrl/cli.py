@@ -189,7 +189,7 @@ def pretrain(
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
     crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
     spacing, size = (spacing or r.spacing or (1.0, 1.0, 1.0), None) if dims == 3 else (None, size)
-    store = p.open_store(src, images, dims, spacing, size, window or r.window, split=split)
+    store = p.open_store(src, images, dims, spacing, size, window or r.window, split=split, continues=resume)
     loaders = lambda **chosen: p.store_loaders(store, valid=valid, seed=seed, num_workers=workers, **crops | chosen)
     plan = None
     if minutes is not None:

@@ -211,6 +211,7 @@ def open_store(
     window: tuple | None = None,  # intensities that become 0 and 1; None: each image's percentiles
     seed: int = 0,  # of a data set's test part, which is left out, as far as none is published
     split: str | Path | None = None,  # file that says which images are unlabelled; None: all but the test part
+    continues: bool = False,  # a run that was begun with the store: it stays as it is, whatever has come to `src` or gone since
 ) -> Store:
     """`src` itself if it is a store, else the store made from it before, else a new one.
 
@@ -223,11 +224,11 @@ def open_store(
         warnings.warn(f"{src} is not there: {made.path}, made before, is used")
         return made
     sources, describe = pretraining_sources(src, dims, seed, split)
-    names = {printable(describe(source)["volume"]) for source in sources} if describe else volume_names(src, dims) if made else set()
-    if made and (odd := sorted(set(made.manifest.volume) - names)):
+    names = {printable(describe(source)["volume"]) for source in sources} if describe else volume_names(src, dims) if made and not continues else set()
+    if made and names and (odd := sorted(set(made.manifest.volume) - names)):
         raise ValueError(f"{made.path} holds {odd[0]}, which is not to be pretrained on ({len(odd)} such in all): it was made of other images, or with another split or seed; "
                          "choose another name for the run, or remove the store")
-    if made and wanted.items() <= (wanted | made.settings).items() and not _unread(made, names): return made
+    if made and wanted.items() <= (wanted | made.settings).items() and (continues or not _unread(made, names)): return made
     built = build_store(sources, store, dims, spacing, size, window, describe=describe)
     if len(built.skipped): warnings.warn(f"{len(built.skipped)} files could not be read, they are listed in {built.path / 'skipped.csv'}")
     return built

@@ -57,7 +57,7 @@ def variants(
     weights = {f"robust, contrast weight {w}": replace(robust, contrast_weight=w) for w in (0.3, 0.1, 0.03, 0.01) if w != robust.contrast_weight}
     alone = replace(robust, reconstruction_weight=0.0)
     faster_alone = {f"contrast alone, weight {w}": replace(alone, contrast_weight=w) for w in (0.03, 0.1, 0.3, 1.0) if w != robust.contrast_weight}
-    ranks = {f"TransAtt of rank {r}": replace(robust, transatt_rank=r) for r in (64, 16, 4)}
+    ranks = {f"TransAtt of rank {r}": replace(robust, transatt_rank=r) for r in (64, 16)}
     return cures | _ladder(cures["literal, faster"], robust) | dict(robust=robust) | turned_back | weights | ranks | {"contrast alone": alone} | faster_alone
 
 # %% ../nbs/18b_why.ipynb #4130e088
