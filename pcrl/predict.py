@@ -256,6 +256,15 @@ def predict(
 
     Raises FileNotFoundError or ValueError for a run that cannot predict, FileExistsError if `out` holds predictions already, or a file that one would replace, BlockingIOError if another process writes there, OSError if it cannot be written."""
     of, out = load_finetuned(run), Path(out)
+    for sentence in of.cautions: warnings.warn(sentence)
+    lock = lock_folder(out)
+    try: return _predict(of, inputs, out, flips, tell)
+    finally:
+        (out / "lock").unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _predict(of: Finetuned, inputs, out: Path, flips: bool, tell: Callable) -> tuple[int, int]:
     if (out / "predictions.csv").exists(): raise FileExistsError(f"{out} holds predictions already: choose another folder, or remove it first")
     dims, model = of.config["dims"], of.models[0] if len(of.models) == 1 else Ensemble(of.models)
     if flips: model = FlipAverage(model, range(-dims, 0))
@@ -263,17 +272,16 @@ def predict(
     figure_of = lambda name: out / "figures" / f"{name}.png"
     targets = [path for _, name in sources for path in (*([out / name] if of.config["task"] == "segment" else []), figure_of(name))]
     if there := [path for path in targets if path.exists()]: raise FileExistsError(f"{there[0]} is there already, and a prediction would replace it: choose another folder")
-    rows, lock = [], lock_folder(out)
+    rows = []
     try:
-        for sentence in of.cautions: warnings.warn(sentence)
         for i, (source, name) in enumerate(sources, 1):
             try:
                 volume = _read_for(source, of.config)
-                warned = of.cautions + unlike_seen(volume, of.config["preparation"]) + (_of_place(volume) if of.config["task"] == "segment" else [])
-                for sentence in warned[len(of.cautions):]: warnings.warn(f"{source}: {sentence}")
+                warned = unlike_seen(volume, of.config["preparation"]) + (_of_place(volume) if of.config["task"] == "segment" else [])
+                for sentence in warned: warnings.warn(f"{source}: {sentence}")
                 if of.config["task"] == "segment": found = dict(mask=printable(name.as_posix())) | _predict_mask_file(of, model, volume, out / name, figure_of(name))
                 else: found = _predict_labels(of, volume, figure_of(name))
-                rows.append(dict(run=of.id, source=printable(source), **found, warning="; ".join(warned)))
+                rows.append(dict(run=of.id, source=printable(source), **found, warning="; ".join(of.cautions + warned)))
                 tell(printable(f"{i}/{len(sources)} {source}"))
             except ValueError as e:
                 if getattr(e.__cause__, "errno", None) in (ENOSPC, EDQUOT): raise OSError(str(e)) from e
@@ -285,8 +293,6 @@ def predict(
         skipped = [(printable(file), printable(reason)) for file, reason in skipped]
         for table, file in ((pd.DataFrame(rows), "predictions.csv"), (pd.DataFrame(skipped, columns=["file", "reason"]), "skipped.csv")):
             if len(table): write_whole(out / file, lambda p: table.to_csv(p, index=False))
-        (out / "lock").unlink(missing_ok=True)
-        os.close(lock)
     return len(rows), len(skipped)
 
 
