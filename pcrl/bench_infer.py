@@ -8,7 +8,7 @@ Docs: https://pcrl-team.github.io/pcrl/bench_infer.html.md"""
 __all__ = ['SIDES', 'VOLUMES', 'monai_mask', 'infer_over_monai', 'infer_peak', 'infer_suite']
 
 # %% ../nbs/17b_bench_infer.ipynb #885afeb7
-import json, re, subprocess, sys
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np, torch
 from torch import nn
 
 from .sliding import predict_mask
-from .timing import conditions, time_in_turn
+from .timing import conditions, in_own_process, time_in_turn
 from .transforms import to_unit
 from .unet import UNet
 
@@ -85,9 +85,7 @@ def infer_peak(
     **settings,  # `size` of the window, `classes`
 ) -> float:  # GB
     "Peak memory of one prediction, measured in a process of its own."
-    script = "import json, sys, torch; from pcrl.bench_infer import _measure_peak; torch.set_num_threads(int(sys.argv[2])); print(_measure_peak(*json.loads(sys.argv[1])))"
-    args = json.dumps([side, shape, width, device.type, settings])
-    return float(subprocess.run([sys.executable, "-c", script, args, str(torch.get_num_threads())], capture_output=True, text=True, check=True).stdout.split()[-1])
+    return in_own_process("pcrl.bench_infer", "_measure_peak", side, shape, width, device.type, settings)
 
 # %% ../nbs/17b_bench_infer.ipynb #03cfa79e
 VOLUMES = dict(time=dict(shape=(96, 160, 160), width=16), memory=dict(shape=(160, 384, 384), width=16), large=dict(shape=(600, 512, 512), width=0))

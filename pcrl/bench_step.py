@@ -9,7 +9,7 @@ __all__ = ['SIZES', 'AUTHORS', 'CONTRAST_ALONE', 'step_over_floor', 'step_suite'
            'contrast_share', 'moco_over_lightly', 'contrast_suite', 'peak_memory', 'memory_suite']
 
 # %% ../nbs/17b_bench_step.ipynb #e15faa63
-import json, re, subprocess, sys
+import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ from torchvision.models import resnet18
 from .contrast import ema_update_, nce_loss
 from .model import PCRL
 from .recipes import RECIPES
-from .timing import conditions, time_in_turn
+from .timing import conditions, in_own_process, time_in_turn
 from .unet import UNet
 
 # %% ../nbs/17b_bench_step.ipynb #c3ae7ce6
@@ -312,10 +312,7 @@ def peak_memory(
     **settings,  # recipe and its settings
 ) -> float:  # GB
     "What a training step takes at its peak, measured in a process of its own."
-    args = json.dumps([dict(dims=dims, width=width, shape=shape, bs=bs), checkpoint, device.type, settings])
-    script = "import json, sys, torch; from pcrl.bench_step import _measure_peak; torch.set_num_threads(int(sys.argv[2])); print(_measure_peak(*json.loads(sys.argv[1])))"
-    done = subprocess.run([sys.executable, "-c", script, args, str(torch.get_num_threads())], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return in_own_process("pcrl.bench_step", "_measure_peak", dict(dims=dims, width=width, shape=shape, bs=bs), checkpoint, device.type, settings)
 
 
 def memory_suite(

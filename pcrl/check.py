@@ -11,7 +11,7 @@ __all__ = ['CROP', 'SAMPLE', 'Findings', 'check_images', 'verify_store']
 from collections.abc import Callable
 from dataclasses import dataclass
 import numpy as np, pandas as pd
-from .store import MASKS, Store
+from .store import MASK_NAMES, Store
 from .volumes import VolumeError, find_images, read_header, read_volume
 from .workers import in_processes
 
@@ -50,7 +50,7 @@ def _oddities(table, root=""):
     small = [any(n * mm < s for n, mm, s in zip(shape, spacing, CROP)) for shape, spacing in zip(solid["shape"], solid.spacing)]
     small = table.index.isin(solid.index[np.array(small, bool)])
     thick = table.index.isin(solid.index[[max(mm) > 5 * min(mm) for mm in solid.spacing]])
-    masks = table.source.str.removeprefix(str(root)).str.contains(MASKS)
+    masks = table.source.str.removeprefix(str(root)).str.contains(MASK_NAMES)
     yield from some(pd.Series(small, table.index), f"volumes are smaller than a crop of {'x'.join(map(str, CROP))} mm: leave them out, or take smaller crops")
     yield from some(pd.Series(thick, table.index), "volumes have slices over five times thicker than their pixels: mind that crops will be blurred along z")
     yield from some(masks, "look like masks by their names: move them out of the folder")

@@ -75,9 +75,9 @@ def check_channels(
     "Refuse images of different numbers of channels: a ValueError, where looking costs no reading."
     if isinstance(cases.images, OnDisk) and cases.images.cache is None: return
     first, *others = [i for i, part in enumerate(cases.split) if part != "unlabelled"]       # which nobody has prepared
+    there = len(cases.images[first])
     for i in others:
-        here, there = (len(cases.images[k]) for k in (i, first))
-        if here != there: raise ValueError(f"{cases.name}: image {cases.names[i]} has {here} channel(s), image {cases.names[first]} has {there}: give images of one kind")
+        if (here := len(cases.images[i])) != there: raise ValueError(f"{cases.name}: image {cases.names[i]} has {here} channel(s), image {cases.names[first]} has {there}: give images of one kind")
 
 
 def _check_shapes(cases: Cases):

@@ -97,9 +97,10 @@ def find_arms(
     Raises FileNotFoundError for a run that was not tested, ValueError for a run given twice and for runs that were not tested on the same cases."""
     arms, first = {}, None
     for given in map(Path, runs):
-        if not (given / "test.csv").exists() and not any(given.glob("seed*/")) and (inside := sorted(p.parent.name for name in ("test.csv", "seed0") for p in given.glob(f"*/{name}"))):
+        repeats = [] if (given / "test.csv").exists() else sorted(given.glob("seed*/"))
+        if not repeats and not (given / "test.csv").exists() and (inside := sorted(p.parent.name for name in ("test.csv", "seed0") for p in given.glob(f"*/{name}"))):
             raise FileNotFoundError(f"{given} holds several finetunings: name those to compare, of {', '.join(inside)} in it")
-        for run in sorted(given.glob("seed*/")) if not (given / "test.csv").exists() and any(given.glob("seed*/")) else [given]:
+        for run in repeats or [given]:
             arm, repeat = (run.parent, run.name) if re.fullmatch(r"seed\d+", run.name) else (run, "seed")
             found = read_test(run, figure)
             first = first or (run, found)

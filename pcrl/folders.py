@@ -84,7 +84,9 @@ def folder_table(
     table["person"] = table.patient if "patient" in table else _persons(names, sources)
     if "patient" not in table: _ask_for_patients(root, table.person)
     if "split" in table: table = _uncrossed(path, table)
-    else: table["split"] = split_by_patient(table.person.tolist(), (0.7, 0.1, 0.2), seed, _own_labels(path, table)[0] if _label_names(table) and not (Path(root) / "masks").is_dir() else None)
+    else:
+        labels = _own_labels(path, table)[0] if _label_names(table) and not (Path(root) / "masks").is_dir() else None
+        table["split"] = split_by_patient(table.person.tolist(), (0.7, 0.1, 0.2), seed, labels)
     more = sorted({*sources, *skipped} - set(table.image)) if unlisted else []
     return pd.concat([table, _unlisted(table, more, sources, skipped, images)], ignore_index=True) if more else table
 

@@ -265,6 +265,7 @@ def predict(
 
 
 def _predict(of: Finetuned, inputs, out: Path, flips: bool, tell: Callable) -> tuple[int, int]:
+    "The same, in a folder that nobody else writes to."
     if (out / "predictions.csv").exists(): raise FileExistsError(f"{out} holds predictions already: choose another folder, or remove it first")
     dims, model = of.config["dims"], of.models[0] if len(of.models) == 1 else Ensemble(of.models)
     if flips: model = FlipAverage(model, range(-dims, 0))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .ablations import SCALES, Results, arms, table1, table2
-from .report import figure_html, paired_interval, paragraph, table_html, write_page
+from .report import figure_html, p_value, paired_interval, paragraph, table_html, write_page
 
 # %% ../nbs/18c_reproduce.ipynb #3faa4809
 def _outcome(
@@ -45,16 +45,13 @@ def compare(
     return pd.DataFrame(rows)
 
 # %% ../nbs/18c_reproduce.ipynb #3faa4810
-def _p(p: float) -> str: return "not known" if np.isnan(p) else f"{p:.3f}" if p >= 0.0005 else "< 0.001"
-
-
 def outcome_sentence(
     compared: pd.DataFrame,  # from `compare`
 ) -> str:
     "Where a method wins, leads, ties, trails and loses, in plain words."
     if not len(compared): return "There are no pairs to compare yet."
     first = compared.iloc[0]
-    each = lambda part: ", ".join(f"{r.data} at {_share(r.ratio)} {r.difference:+.3f}, p {_p(r.p)} over {r.pairs} pairs and {_p(r.seeds_p)} over {r.seeds} seeds" for r in part.itertuples())
+    each = lambda part: ", ".join(f"{r.data} at {_share(r.ratio)} {r.difference:+.3f}, p {p_value(r.p)} over {r.pairs} pairs and {p_value(r.seeds_p)} over {r.seeds} seeds" for r in part.itertuples())
     parts = {word: compared[compared.outcome == word] for word in ("wins", "leads", "ties", "trails", "loses")}
     said = [f"{word} {len(part)} of {len(compared)} ({each(part)})" for word, part in parts.items() if len(part)]
     return f"{first.method} ({first.recipe}) against {first.baseline}: {'; '.join(said)}."
@@ -97,8 +94,8 @@ def _shown(compared: pd.DataFrame) -> pd.DataFrame:
     "What `compare` found, for reading."
     one = compared.iloc[0]
     row = lambda r: {"data": r.data, "labelled": _share(r.ratio), "pairs": r.pairs, one.method: f"{r.mean:.3f}", one.baseline: f"{r.baseline_mean:.3f}",
-                     "difference": f"{r.difference:+.3f}", "95 %": _interval(r.low, r.high), "p": _p(r.p),
-                     "seeds": r.seeds, "95 % over seeds": _interval(r.seeds_low, r.seeds_high), "p over seeds": _p(r.seeds_p), "outcome": r.outcome}
+                     "difference": f"{r.difference:+.3f}", "95 %": _interval(r.low, r.high), "p": p_value(r.p),
+                     "seeds": r.seeds, "95 % over seeds": _interval(r.seeds_low, r.seeds_high), "p over seeds": p_value(r.seeds_p), "outcome": r.outcome}
     return pd.DataFrame(list(map(row, compared.itertuples())))
 
 

@@ -21,7 +21,7 @@ from .contrast import effective_rank
 from .crops import CropPairs
 from .diagnose import answers_figure, ask_every_transform, evaluating, obedience, paths_figure
 from .instruments import carried, gate_spread, held_out_contrast, loss_gradients, queue_facts
-from .monitors import PLATEAU
+from .monitors import PLATEAU, Scale
 from .pretrain import large_enough, load_method, pretraining_parts
 from .records import file_hash
 from .report import figure_html, paragraph, table_html, write_page
@@ -60,8 +60,8 @@ def _held_out(config: dict, store: str | Path | None) -> Store:
     trained = pretraining_parts(Store(known), config["valid"], config["seed"])[0].manifest if known else images.manifest[:0]
     key = "file" if images.path == known else "sha256"
     same = images.manifest[key].isin(trained[key]) if key in images.manifest and key in trained else np.zeros(len(images), bool)
-    if {"patient"} <= set(images.manifest) & set(trained): same = same | images.manifest.patient.isin(trained.patient.dropna())
-    return images.part(np.flatnonzero(~same))
+    of_same_patient = images.manifest.patient.isin(trained.patient.dropna())
+    return images.part(np.flatnonzero(~(same | of_same_patient)))
 
 
 def held_out_crops(
@@ -113,7 +113,7 @@ def measure(
     found = dict(images=images, pairs=len(crops), width=features.shape[1], rank=effective_rank(features).item())
     if r.reconstruction_weight: found |= _heard(model, views, n, bs)
     if r.contrast_weight:
-        found |= (_told_apart(model, views, images, bs) if images > 1 else {}) | dict(keys=len(model.queue.keys), horizon=1 / (1 - r.beta))
+        found |= (_told_apart(model, views, images, bs) if images > 1 else {}) | dict(keys=len(model.queue.keys), horizon=Scale(bs, features.shape[1], len(model.queue.keys), r.beta).horizon)
         if trained_on: found |= queue_facts(len(model.queue.keys), bs, len(r.queue_keys), trained_on, pairs_per_image)
     return found | loss_gradients(model, crops[:min(n, bs)], torch.Generator(crops.device).manual_seed(0))
 
