@@ -277,7 +277,7 @@ def differs_from_pretraining(
 @log_by_epoch()
 def finetune(
     src: Annotated[Path, typer.Argument(metavar="SRC", help=(
-        "A folder with `images/` and either `masks/` (files of the same names: segmentation) or `labels.csv` (columns image, optionally "
+        "A folder with `images/` and either `masks/` (files of the same names, for as many images as have one: segmentation) or `labels.csv` (columns image, optionally "
         "patient and split, and a column of 0 and 1 for each label, or one named class: classification); or a data set as published: "
         "ChestX-ray14, CheXpert, LUNA16, LiTS, BraTS, a task of the Decathlon, a file of MedMNIST."))],
     out: Out,

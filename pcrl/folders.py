@@ -65,17 +65,17 @@ def _persons(names, sources):
 
 # %% ../nbs/02a_folders.ipynb #1cf8ea74
 def folder_table(
-    root,  # folder with `images/`, and perhaps `labels.csv`
+    root,  # folder with `images/`, and perhaps `labels.csv` or `masks/`
     dims: int,  # 2 or 3
     seed: int = 0,  # of the split, where the table has none
-    unlisted: bool = False,  # also images that labels.csv does not name, as train cases: pretraining asks for no label
+    unlisted: bool = False,  # also images that labels.csv does not name, or that have no mask, as train cases: pretraining asks for no label
 ) -> pd.DataFrame:  # columns image, source for `read_volume`, reason why it cannot be used or None, person, split, and what else labels.csv has
     """What is in the folder; no pixel is read.
 
     Raises ValueError or VolumeError if the table does not fit the files."""
     images, path = Path(root) / "images", Path(root) / "labels.csv"
     sources, skipped = _own_images(images, dims)
-    table = _own_table(path) if path.is_file() else pd.DataFrame(dict(image=[*sources, *skipped]))
+    table = _own_table(path) if path.is_file() else pd.DataFrame(dict(image=_masked(Path(root), [*sources, *skipped], dims, not unlisted)))
     names = [n if n in sources else n.removeprefix("images/") for n in table.image]
     reasons = [None if n in sources else why for n, why in zip(names, _reasons(names, skipped))]
     if missing := sorted(n for n, why in zip(names, reasons) if not why and n not in sources):
@@ -144,14 +144,32 @@ def _mask_names(name, folder, dims):
     return list(dict.fromkeys([name, *((name if folder else name[:len(name) - len(known)]) + s for s in MASKS[dims])]))
 
 def _own_mask(root, name, dims):
-    "Where an image's mask lies."
+    "Where an image's mask lies; None: nowhere."
     there = lambda kind, name: os.path.lexists(root / kind / name)
     own, *others = _mask_names(name, (root / "images" / name).is_dir(), dims)
     if there("masks", own): return root / "masks" / own
     found = [n for n in others if there("masks", n) and not there("images", n)]
     if len(found) > 1: raise ValueError(f"{root / 'masks'} has {found[0]} and {found[1]} for the image {name}: keep one of them")
-    if not found: raise ValueError(f"{root / 'masks'} has no mask for the image {name}: name it {', '.join([own, *others[:-1]])} or {others[-1]}, or name in labels.csv the images that have one")
-    return root / "masks" / found[0]
+    return root / "masks" / found[0] if found else None
+
+
+def _without_mask(root, name, dims):
+    "A sentence on an image that needs a mask."
+    *names, last = _mask_names(name, (root / "images" / name).is_dir(), dims)
+    return f"{root / 'masks'} has no mask for the image {name}: name it {', '.join(names)} or {last}"
+
+
+def _masked(root, names, dims, tell):
+    "The images that have a mask, or all where there is no `masks/`; `tell` how many have none."
+    if not (root / "masks").is_dir(): return names
+    masks = {name: mask for name in names if (mask := _own_mask(root, name, dims))}
+    if not (without := [name for name in names if name not in masks]): return names
+    if not masks: raise ValueError(_without_mask(root, without[0], dims))
+    used = set(masks.values())
+    over = sorted(p for p in (root / "masks").rglob("*") if p not in used and p.name.lower().endswith((*READERS, *MASKS[dims])) and not p.name.startswith("."))
+    if over: raise ValueError(f"{_without_mask(root, without[0], dims)}; or move {over[0]} away, which is the mask of no image")
+    if tell: warnings.warn(f"{len(without)} of {len(names)} images in {root / 'images'} have no mask, such as {without[0]}: they are left to pretraining; give a mask of zeros to those on which there is nothing to mark")
+    return [*masks]
 
 # %% ../nbs/02a_folders.ipynb #f970c418
 def _own_masks(root, names, sources, dims, spacing, cache):
@@ -159,6 +177,7 @@ def _own_masks(root, names, sources, dims, spacing, cache):
     paths, values = [_own_mask(root, name, dims) for name in names], set()
     last = dict(zip(paths, names))
     for path, name in zip(paths, names):
+        if path is None: raise ValueError(f"{_without_mask(root, name, dims)}, or take its row from labels.csv")
         if last[path] != name: raise ValueError(f"{path} would be the mask of {name} and of {last[path]}: give each image its own")
     if away := next(filter(None, (link_away(path, root / "masks") for path in paths)), None): raise VolumeError(away)
     masks = OnDisk(list(zip(paths, sources)), read_mask, cache, spacing=spacing)

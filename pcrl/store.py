@@ -166,7 +166,7 @@ def _prepare_source(source, folder, settings, done):
     volume, dims, channels = read_volume(source), settings["dims"], settings["channels"]
     if _dims(volume) != dims: raise VolumeError(f"{source} is {_dims(volume)}D: this store holds {dims}D images")
     found = volume.array.shape[0] if volume.array.ndim > dims else 1
-    if found != channels: raise VolumeError(f"{source} has {found} channels: this store holds images with {channels}")
+    if found != channels: raise VolumeError(f"{source} has {'one channel' if found == 1 else f'{found} channels'}{', colours are read as grey' if dims == 2 else ''}: this store holds images with {channels}")
     array = prepare(volume, *(settings[k] for k in ("spacing", "size", "window", "dtype")))
     file = f"images/{sha[:32]}.npy"
     try: digest = _write(Path(folder) / file, lambda p: _save_array(array, p))
