@@ -7,8 +7,8 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Split', 'Out', 'Epochs', 'Resume', 'Every', 'main',
            'one_sentence', 'stoppable', 'log_by_epoch', 'DemoData', 'demo', 'parse_crop', 'above_zero', 'pretrain',
-           'diagnose', 'split', 'name_each', 'ManyRatios', 'differs_from_pretraining', 'finetune', 'predict', 'compare',
-           'export', 'bench', 'reproduce', 'progress', 'store', 'check']
+           'diagnose', 'split', 'name_each', 'ManyRatios', 'differs_from_pretraining', 'saw_test_cases', 'finetune',
+           'predict', 'compare', 'export', 'bench', 'reproduce', 'progress', 'store', 'check']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import math, os, signal, sys, threading, warnings
@@ -271,6 +271,16 @@ def differs_from_pretraining(
     return [f"{init} was pretrained with {said(before[k], k)}, and this is {said(prepared[k], k)}: it knows images as they were prepared there" for k in differ]
 
 
+def saw_test_cases(
+    init: str | None,  # as in `load_init_`
+    cases,  # a `Cases`
+) -> str | None:  # a sentence
+    "Whether a pretraining has seen test cases."
+    from pcrl.finetune import pretrained_on
+    if seen := pretrained_on(init, test := cases.part("test")):
+        return f"{init} was pretrained on {len(seen)} of {len(test)} test cases, such as {seen[0]}, without labels: give both commands one folder with its images/, or one --split, to test on patients that it has not seen"
+
+
 @app.command(cls=ManyRatios)
 @one_sentence
 @stoppable()
@@ -312,6 +322,7 @@ def finetune(
     resume: Resume = False,
 ):
     """Finetune to labels or masks, keep the best epoch, and measure on the test cases; three times by default, for the spread."""
+    from dataclasses import replace
     from pcrl.checkpoints import StopOnSignal
     from pcrl.classify import check_init
     from pcrl.efficiency import label_efficiency
@@ -326,6 +337,9 @@ def finetune(
     for told in differs_from_pretraining(init, window=window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
+    for told in filter(None, [saw_test_cases(start, cases) for start in (init, compare)]):
+        typer.secho(f"pcrl: {told}", err=True, fg="yellow")
+        cases = replace(cases, note=f"{cases.note}; {told}")
     settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=box, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,
                     backbone=backbone, cbs=[StopOnSignal()], every=every, resume=resume)
     if ratios: table, told = label_efficiency(cases, out, ratios, repeats, seed, init, compare or "scratch", **settings)
