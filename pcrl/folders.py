@@ -159,17 +159,21 @@ def _without_mask(root, name, dims):
     return f"{root / 'masks'} has no mask for the image {name}: name it {', '.join(names)} or {last}"
 
 
-def _masked(root, names, dims, tell):
-    "The images that have a mask, or all where there is no `masks/`; `tell` how many have none."
+def _masked(root, names, dims, strict):
+    "The images that have a mask; all where none has, or where there is no `masks/`."
     if not (root / "masks").is_dir(): return names
     masks = {name: mask for name in names if (mask := _own_mask(root, name, dims))}
-    if not (without := [name for name in names if name not in masks]): return names
-    if not masks: raise ValueError(_without_mask(root, without[0], dims))
-    used = set(masks.values())
-    over = sorted(p for p in (root / "masks").rglob("*") if p not in used and p.name.lower().endswith((*READERS, *MASKS[dims])) and not p.name.startswith("."))
+    without = [name for name in names if name not in masks]
+    if strict and without: _tell_unmasked(root, names, without, set(masks.values()), dims)
+    return [*masks] or names
+
+
+def _tell_unmasked(root, names, without, masks, dims):
+    "Refuse images without a mask where none has one, or a mask is left over; else say how many they are."
+    over = sorted(p for p in (root / "masks").rglob("*") if p not in masks and p.name.lower().endswith((*READERS, *MASKS[dims])) and not p.name.startswith("."))
     if over: raise ValueError(f"{_without_mask(root, without[0], dims)}; or move {over[0]} away, which is the mask of no image")
-    if tell: warnings.warn(f"{len(without)} of {len(names)} images in {root / 'images'} have no mask, such as {without[0]}: they are left to pretraining; give a mask of zeros to those on which there is nothing to mark")
-    return [*masks]
+    if not masks: raise ValueError(_without_mask(root, without[0], dims))
+    warnings.warn(f"{len(without)} of {len(names)} images in {root / 'images'} have no mask, such as {without[0]}: they are left to pretraining; give a mask of zeros to those on which there is nothing to mark")
 
 # %% ../nbs/02a_folders.ipynb #f970c418
 def _own_masks(root, names, sources, dims, spacing, cache):
