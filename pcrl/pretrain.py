@@ -9,7 +9,7 @@ __all__ = ['SHOWN', 'MethodStep', 'MethodLoss', 'queue_size_for', 'EpochCosine',
            'load_method', 'open_store', 'pretraining_parts', 'store_loaders', 'large_enough']
 
 # %% ../nbs/10_pretrain.ipynb #2958f5a1
-import warnings
+import os, warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -224,20 +224,24 @@ def open_store(
         warnings.warn(f"{src} is not there: {made.path}, made before, is used")
         return made
     sources, describe = pretraining_sources(src, dims, seed, split)
-    names = {printable(describe(source)["volume"]) for source in sources} if describe else volume_names(src, dims) if made and not continues else set()
-    if made and names and (odd := sorted(set(made.manifest.volume) - names)):
+    if describe: below = {printable(describe(source)["volume"]): os.path.relpath(str(source), src) for source in sources}
+    else: below = {name: name for name in volume_names(src, dims)} if made and not continues else {}
+    if made and below and (odd := sorted(set(made.manifest.volume) - set(below))):
         raise ValueError(f"{made.path} holds {odd[0]}, which is not to be pretrained on ({len(odd)} such in all): it was made of other images, or with another split or seed; "
                          "choose another name for the run, or remove the store")
-    if made and wanted.items() <= (wanted | made.settings).items() and (continues or not _unread(made, names)): return made
+    if made and wanted.items() <= (wanted | made.settings).items() and (continues or not _unread(made, below)): return made
     built = build_store(sources, store, dims, spacing, size, window, describe=describe)
     if len(built.skipped): warnings.warn(f"{len(built.skipped)} files could not be read, they are listed in {built.path / 'skipped.csv'}")
     return built
 
 
-def _unread(store: Store, names: set[str]) -> list[str]:
-    "Of the names of images those that came after the store was built: they are neither in it nor skipped."
+def _unread(
+    store: Store,
+    below: dict[str, str],  # of each image its name, and its file's below the folder
+) -> list[str]:  # names
+    "The images that came after the store was built: they are neither in it nor skipped."
     files = [f"/{file}" for file in store.skipped.file]
-    return [name for name in names - set(store.manifest.volume) if not any(file.endswith(f"/{name}") for file in files)]
+    return [name for name in sorted(set(below) - set(store.manifest.volume)) if not any(file.endswith(f"/{printable(below[name])}") for file in files)]
 
 
 def pretraining_parts(
