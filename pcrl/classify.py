@@ -230,6 +230,6 @@ def predict_probabilities(
 ) -> np.ndarray:  # (N, labels), [0, 1]
     "The model's probability of each label or class for each image."
     device, model = next(model.parameters()).device, model.eval()
-    batches = [torch.from_numpy(np.stack(images[i:i + bs])) for i in range(0, len(images), bs)]
+    batches = (torch.from_numpy(np.stack(images[i:i + bs])) for i in range(0, len(images), bs))
     logits = torch.cat([model(to_unit(b.to(device))).float().cpu() for b in batches])
     return (logits.softmax(1) if exclusive else logits.sigmoid()).numpy()

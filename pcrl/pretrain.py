@@ -22,7 +22,7 @@ from fastai.learner import Learner
 from fastai.metrics import ValueMetric
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import AttrDict
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoints import read_checkpoint
 from .crops import MIN_IOU, SCALES, crop_loaders
@@ -57,14 +57,19 @@ class MethodStep(Callback):
 
 # %% ../nbs/10_pretrain.ipynb #ff7c8caf
 class MethodLoss:
-    "The method's loss as fastai's `loss_func`; `figures` holds the last step's terms and monitors."
-    def __init__(self, method: nn.Module): self.method, self.figures = method, {}
+    "The method's loss as fastai's `loss_func`."
+    def __init__(self, method: nn.Module): self.method = method
 
     def __call__(self, outputs, views):
         outputs = AttrDict(outputs)
-        terms = self.method.loss(outputs, views)
-        self.figures = terms | self.method.monitors(outputs, views)
+        self.last = (terms := self.method.loss(outputs, views)), outputs, views
         return terms["loss"]
+
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        "The last step's terms and monitors; these have a GPU waited for, so that it should have its work first."
+        terms, outputs, views = self.last
+        return terms | self.method.monitors(outputs, views)
 
 # %% ../nbs/10_pretrain.ipynb #feaa0630
 def queue_size_for(

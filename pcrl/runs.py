@@ -70,7 +70,11 @@ class EpochFigures(Callback):
         self.sums, self.sizes, self.start = defaultdict(list), defaultdict(list), time.perf_counter()
 
     def after_loss(self):
-        part = "train" if self.training else "valid"
+        if not self.training: self._note("valid")
+
+    def after_backward(self): self._note("train")  # when a GPU has its work
+
+    def _note(self, part: str):
         for name, value in self.loss_func.figures.items():
             self.sums[f"{part}_{name}"].append(value.detach())
             if not self.training: self.sizes[f"{part}_{name}"].append(find_bs(self.xb))
