@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/budget.html.md"""
 
 # %% auto #0
 __all__ = ['SIZES', 'ENOUGH', 'SPARE', 'EPOCH', 'pairs_to_measure', 'seconds_per_step', 'sizes_that_fit', 'usual_shape', 'Plan',
-           'plan_budget', 'kept_plan']
+           'plan_budget', 'kept_plan', 'InMinutes']
 
 # %% ../nbs/10a_budget.ipynb #27821003
 import time
@@ -141,3 +141,33 @@ def kept_plan(
     plan = read_config(run).get("plan")
     if plan is None: raise ValueError(f"{run} was not started with a number of minutes: leave them out to resume it")
     return Plan(**plan | dict(crop=tuple(plan["crop"])))
+
+# %% ../nbs/10a_budget.ipynb #c1a7e202
+class InMinutes(Callback):
+    "Leave out the epochs that do not fit into the minutes any more."
+    order = 40  # once the epoch has its row, and its weights are noted
+    def __init__(self,
+        minutes: float,  # of a plan
+        spent: float = 0.0,  # seconds of them, before the fit
+    ): self.minutes, self.spent, self.resumed = minutes, spent, False
+
+    def before_fit(self): self.start, self.planned = time.perf_counter() - self.spent, self.n_epoch
+    def run_state(self): return dict(spent=time.perf_counter() - self.start, epochs=self.n_epoch)
+
+    def load_run_state(self, state):
+        self.start, self.learn.n_epoch, self.resumed = time.perf_counter() - state["spent"], state["epochs"], True
+
+    def before_train(self):
+        if self.resumed: self._fit_in(self.epoch)  # which may be all that there will be
+        self.resumed = False
+
+    def after_epoch(self): self._fit_in(self.epoch + 1)
+
+    def _fit_in(self, done: int):
+        "So many epochs are done: choose how many there will be, and end the run if these are all."
+        if not (rows := self.epoch_figures.rows): return
+        left, lately = 60 * self.minutes - (time.perf_counter() - self.start), float(np.mean([row["seconds"] for row in rows[-3:]]))
+        epochs = min(self.planned, done + max(0, int(left / lately)))
+        if epochs != self.n_epoch: print(f"an epoch takes {lately:.0f} s now: {epochs} of {self.planned} fit into {self.minutes:g} minutes")
+        self.learn.n_epoch = epochs
+        if done == epochs < self.planned: raise CancelFitException()

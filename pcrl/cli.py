@@ -11,7 +11,7 @@ __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Split', 'Out', '
            'predict', 'compare', 'export', 'bench', 'reproduce', 'progress', 'store', 'check']
 
 # %% ../nbs/20_cli.ipynb #18391989
-import math, os, signal, sys, threading, warnings
+import math, os, signal, sys, threading, time, warnings
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial, wraps
@@ -153,7 +153,7 @@ def pretrain(
     out: Out,
     dims: Dims = 3,
     minutes: Annotated[float | None, typer.Option(min=0.1, help=(
-        "Time to spend once the images are read. Crop, width and epochs are then chosen by what a step takes on this machine, unless they are given."))] = None,
+        "Time to spend once the images are read. Crop, width and epochs are then chosen by what a step takes on this machine, unless they are given; where it slows down, some epochs are left out."))] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images; the recipe's, or 100.")] = None,
     recipe: Annotated[str, typer.Option(help=(
         "The method's settings: `robust`, `paper`, `literal`, or `official` for those of the authors' code."))] = "robust",
@@ -191,8 +191,9 @@ def pretrain(
     spacing, size = (spacing or r.spacing or (1.0, 1.0, 1.0), None) if dims == 3 else (None, size)
     store = p.open_store(src, images, dims, spacing, size, window or r.window, split=split, continues=resume)
     loaders = lambda **chosen: p.store_loaders(store, valid=valid, seed=seed, num_workers=workers, **crops | chosen)
-    plan = None
+    plan, stops = None, [StopOnSignal()]
     if minutes is not None:
+        begun = time.perf_counter()
         if resume: plan = b.kept_plan(out)
         else:
             crops["pairs_per_image"] = b.pairs_to_measure(len(p.pretraining_parts(store, valid, seed)[0]), crops["bs"], crops["pairs_per_image"])
@@ -200,11 +201,12 @@ def pretrain(
         typer.echo(str(plan))
         crops |= dict(size=plan.crop, pairs_per_image=plan.pairs_per_image, steps=plan.steps_per_epoch)
         width, epochs = plan.width, plan.epochs
+        stops.append(b.InMinutes(minutes, time.perf_counter() - begun))
     notes = dict(store=str(store.path.resolve()), prepared={k: store.settings[k] for k in ("spacing", "size", "window")}, manifest=file_hash(store.path / "manifest.csv"), valid=valid, loaders=crops, plan=plan and asdict(plan))
     learn = p.pretrain_learner(loaders(), dims, recipe=at_size(r, crops["size"]), width=width or 64, run=out, seed=seed,
                                data=f"{len(store)} images of {src.name}", notes=notes, **settings)
     learn.run_folder.every = every
-    learn.fit(epochs or r.epochs or 100, start_epoch=runs.resume(learn) if resume else 0, cbs=StopOnSignal())
+    learn.fit(epochs or r.epochs or 100, start_epoch=runs.resume(learn) if resume else 0, cbs=stops)
     typer.echo(f"Run: {out} (curves: {out / 'figures' / 'log.png'}, card: {out / 'card.md'})")
 
 # %% ../nbs/20_cli.ipynb #670473ba

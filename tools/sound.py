@@ -41,7 +41,7 @@ def contrast_alone(of: Path, run: Path):
     "With the crops, the network and the steps of a run of PCRL."
     config = read_config(of)
     dls = store_loaders(Store(config["store"]), valid=config["valid"], seed=config["seed"], **config["loaders"])
-    notes, epochs = {k: config[k] for k in ("store", "manifest", "valid", "loaders", "plan")}, config["plan"]["epochs"]
+    notes, epochs = {k: config[k] for k in ("store", "manifest", "valid", "loaders", "plan")}, len(pd.read_csv(of / "log.csv"))
     recipe = replace(load_method(of).recipe, reconstruction_weight=0.0)
     learn = pretrain_learner(dls, config["dims"], recipe=recipe, width=config["width"], run=run, seed=config["seed"], notes=notes)
     start = resume(learn) if (run / "config.json").exists() else 0
