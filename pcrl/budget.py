@@ -149,17 +149,17 @@ class InMinutes(Callback):
     def __init__(self,
         minutes: float,  # of a plan
         spent: float = 0.0,  # seconds of them, before the fit
-    ): self.minutes, self.spent, self.resumed = minutes, spent, False
+    ): self.minutes, self.spent, self.goes_on = minutes, spent, False
 
     def before_fit(self): self.start, self.planned = time.perf_counter() - self.spent, self.n_epoch
     def run_state(self): return dict(spent=time.perf_counter() - self.start, epochs=self.n_epoch)
 
     def load_run_state(self, state):
-        self.start, self.learn.n_epoch, self.resumed = time.perf_counter() - state["spent"], state["epochs"], True
+        self.start, self.learn.n_epoch, self.goes_on = time.perf_counter() - state["spent"], state["epochs"], True
 
     def before_train(self):
-        if self.resumed: self._fit_in(self.epoch)  # which may be all that there will be
-        self.resumed = False
+        if self.goes_on: self._fit_in(self.epoch)  # which may be all that there will be
+        self.goes_on = False
 
     def after_epoch(self): self._fit_in(self.epoch + 1)
 
