@@ -158,7 +158,7 @@ def _without_mask(root, name, dims):
     *names, last = _mask_names(name, (root / "images" / name).is_dir(), dims)
     return f"{root / 'masks'} has no mask for the image {name}: name it {', '.join(names)} or {last}"
 
-
+# %% ../nbs/02a_folders.ipynb #5e1f0b11
 def _masked(root, names, dims, strict):
     "The images that have a mask; all where none has, or where there is no `masks/`."
     if not (root / "masks").is_dir(): return names
