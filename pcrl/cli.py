@@ -310,7 +310,7 @@ def finetune(
     bs: Annotated[int, typer.Option(min=2, help="Images or crops in a batch.")] = 4,
     width: Annotated[int | None, typer.Option(min=1, help="Channels of the first level; the pretraining's if left out, or 64.")] = None,
     backbone: Annotated[str | None, typer.Option(help="2D: `resnet18`, `resnet50`, ..., or a network of timm's; the pretraining's, or `resnet18`, if left out.")] = None,
-    lr: Annotated[float, typer.Option(callback=above_zero, help="Learning rate; the default is for full width, a narrow network wants more.")] = 1e-4,
+    lr: Annotated[float | None, typer.Option(callback=above_zero, help="Learning rate; 0.0001 for a network of width 64, more for a narrower one, if left out.")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower validation loss; never if left out.")] = None,
     class_weights: Annotated[bool, typer.Option("--class-weights", help="Of labels: let rare ones weigh as much as common ones.")] = False,
     loss: Annotated[str, typer.Option(help="Of segmentation: `dice`, or `dice_ce`, which adds cross entropy and suits very few cases.")] = "dice",
