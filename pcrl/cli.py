@@ -7,8 +7,9 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Split', 'Out', 'Epochs', 'Resume', 'Every', 'main',
            'one_sentence', 'stoppable', 'log_by_epoch', 'DemoData', 'demo', 'parse_crop', 'above_zero', 'pretrain',
-           'diagnose', 'split', 'name_each', 'ManyRatios', 'differs_from_pretraining', 'saw_test_cases', 'finetune',
-           'predict', 'compare', 'export', 'bench', 'reproduce', 'progress', 'store', 'check']
+           'diagnose', 'split', 'name_each', 'ManyRatios', 'differs_from_pretraining', 'saw_test_cases',
+           'add_to_report', 'finetune', 'predict', 'compare', 'export', 'bench', 'reproduce', 'progress', 'store',
+           'check']
 
 # %% ../nbs/20_cli.ipynb #18391989
 import math, os, signal, sys, threading, time, warnings
@@ -283,6 +284,16 @@ def saw_test_cases(
         return f"{init} was pretrained on {len(seen)} of {len(test)} test cases, such as {seen[0]}, without labels: give both commands one folder with its images/, or one --split, to test on patients that it has not seen"
 
 
+def add_to_report(
+    report: Path,  # Markdown
+    sentences: list[str],  # without their full stops
+):
+    "What a reader is to mind, at its end."
+    from pcrl.records import write_whole
+    text = "\n\n".join([report.read_text(encoding="utf-8").rstrip(), *(f"Mind: {sentence}." for sentence in sentences)])
+    write_whole(report, lambda p: p.write_text(text + "\n", encoding="utf-8"))
+
+
 @app.command(cls=ManyRatios)
 @one_sentence
 @stoppable()
@@ -324,7 +335,6 @@ def finetune(
     resume: Resume = False,
 ):
     """Finetune to labels or masks, keep the best epoch, and measure on the test cases; three times by default, for the spread."""
-    from dataclasses import replace
     from pcrl.checkpoints import StopOnSignal
     from pcrl.classify import check_init
     from pcrl.efficiency import label_efficiency
@@ -339,13 +349,13 @@ def finetune(
     for told in differs_from_pretraining(init, window=window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
-    for told in filter(None, [saw_test_cases(start, cases) for start in (init, compare)]):
-        typer.secho(f"pcrl: {told}", err=True, fg="yellow")
-        cases = replace(cases, note=f"{cases.note}; {told}")
+    saw = [*filter(None, [saw_test_cases(start, cases) for start in (init, compare)])]
+    for sentence in saw: typer.secho(f"pcrl: {sentence}", err=True, fg="yellow")
     settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=box, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,
                     backbone=backbone, cbs=[StopOnSignal()], every=every, resume=resume)
     if ratios: table, told = label_efficiency(cases, out, ratios, repeats, seed, init, compare or "scratch", **settings)
     else: table, told = spread(finetune_repeats(cases, out, repeats, seed, labelled, init, **settings)), ""
+    if saw: add_to_report(out / "report.md", saw)
     typer.echo(table.round(3).to_string(index=False))
     if told: typer.echo(told)
     typer.echo(f"on {cases.split.count('test')} test cases. Report: {out / 'report.md'}")

@@ -122,7 +122,7 @@ def test_what_is_tested_later_is_not_pretrained_on(slices, tmp_path):
     pcrl("finetune", tmp_path / "own", "--out", tmp_path / "tuned", "--init", tmp_path / "run", "--epochs", 1, "--seed", 2, "--repeats", 1, "--dims", 2, "--size", 64)
     seen, tested = pd.read_csv(tmp_path / "run-store" / "manifest.csv").volume, pd.read_csv(tmp_path / "tuned" / "predictions.csv").case
     assert len(tested) and len(seen) + len(tested) == len(names) and not set(seen) & set(tested)
-    assert "was pretrained on" not in json.loads((tmp_path / "tuned" / "config.json").read_text())["data"]
+    assert "was pretrained on" not in (tmp_path / "tuned" / "report.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_finetune_to_labels_in_repeats_and_compare(run, labelled, tmp_path):
     pcrl("finetune", labelled, "--out", tmp_path / "probe", "--init", run, "--repeats", 1, "--schedule", "frozen", "--patience", 1, *shared)
     frozen, given = (load_file(folder / "encoder.safetensors") for folder in (tmp_path / "probe", run))
     assert all(frozen[k].equal(v) for k, v in given.items())
-    assert f"{run} was pretrained on 8 of 8 test cases, such as 036.png, without labels" in json.loads((tmp_path / "probe" / "config.json").read_text())["data"]
+    assert f"Mind: {run} was pretrained on 8 of 8 test cases, such as 036.png, without labels" in (tmp_path / "probe" / "report.md").read_text()
     told = pcrl("compare", tmp_path / "scratch", tmp_path / "probe")
     assert "probe minus scratch" in told and "Nothing is claimed from one run" in told
     assert "holds a run already" in complaint("finetune", labelled, "--out", tmp_path / "scratch", "--width", 4, *shared)
