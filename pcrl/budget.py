@@ -152,10 +152,8 @@ class InMinutes(Callback):
     ): self.minutes, self.spent, self.goes_on = minutes, spent, False
 
     def before_fit(self): self.start, self.planned = time.perf_counter() - self.spent, self.n_epoch
-    def run_state(self): return dict(spent=time.perf_counter() - self.start, epochs=self.n_epoch)
-
-    def load_run_state(self, state):
-        self.start, self.learn.n_epoch, self.goes_on = time.perf_counter() - state["spent"], state["epochs"], True
+    def run_state(self): return dict(spent=time.perf_counter() - self.start)
+    def load_run_state(self, state): self.start, self.goes_on = time.perf_counter() - state["spent"], True
 
     def before_train(self):
         if self.goes_on: self._fit_in(self.epoch)  # which may be all that there will be

@@ -8,7 +8,6 @@ Docs: https://pcrl-team.github.io/pcrl/contrast.html.md"""
 __all__ = ['Projector', 'nce_loss', 'KeyQueue', 'momentum_copy', 'ema_update_', 'logit_stats', 'effective_rank']
 
 # %% ../nbs/08_contrast.ipynb #7b486a70
-import math
 from copy import deepcopy
 
 import torch
@@ -149,7 +148,7 @@ def logit_stats(
         similarity, to_queue = q.float() @ k.float().T, q.float() @ queue.float().T
     own, n = similarity.diagonal(), len(q)
     positive, negative = own.mean(), to_queue.mean()
-    batch_negative = (similarity.sum() - own.sum()) / (n * (n - 1) or math.nan)  # to pick them by a mask, a GPU would have to be waited for
+    batch_negative = (similarity.sum() - own.sum()) / (n * (n - 1))  # to pick them by a mask, a GPU would have to be waited for
     return dict(positive=positive, negative=negative,
                 logit_gap=positive - negative, batch_gap=positive - batch_negative)
 

@@ -229,12 +229,13 @@ def open_store(
         warnings.warn(f"{src} is not there: {made.path}, made before, is used")
         return made
     sources, describe = pretraining_sources(src, dims, seed, split)
-    if describe: below = {printable(describe(source)["volume"]): os.path.relpath(str(source), src) for source in sources}
-    else: below = {name: name for name in volume_names(src, dims)} if made and not continues else {}
-    if made and below and (odd := sorted(set(made.manifest.volume) - set(below))):
-        raise ValueError(f"{made.path} holds {odd[0]}, which is not to be pretrained on ({len(odd)} such in all): it was made of other images, or with another split or seed; "
-                         "choose another name for the run, or remove the store")
-    if made and wanted.items() <= (wanted | made.settings).items() and (continues or not _unread(made, below)): return made
+    if made:
+        if describe: below = {printable(describe(source)["volume"]): os.path.relpath(str(source), src) for source in sources}
+        else: below = {} if continues else {name: name for name in volume_names(src, dims)}
+        if below and (odd := sorted(set(made.manifest.volume) - set(below))):
+            raise ValueError(f"{made.path} holds {odd[0]}, which is not to be pretrained on ({len(odd)} such in all): it was made of other images, or with another split or seed; "
+                             "choose another name for the run, or remove the store")
+        if wanted.items() <= (wanted | made.settings).items() and (continues or not _unread(made, below)): return made
     built = build_store(sources, store, dims, spacing, size, window, describe=describe)
     if len(built.skipped): warnings.warn(f"{len(built.skipped)} files could not be read, they are listed in {built.path / 'skipped.csv'}")
     return built

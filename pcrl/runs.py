@@ -70,11 +70,12 @@ class EpochFigures(Callback):
         self.sums, self.sizes, self.start = defaultdict(list), defaultdict(list), time.perf_counter()
 
     def after_loss(self):
-        if not self.training: self._note("valid")
+        if not self.training: self._note()
 
-    def after_backward(self): self._note("train")  # when a GPU has its work
+    def after_backward(self): self._note()  # when a GPU has its work
 
-    def _note(self, part: str):
+    def _note(self):
+        part = "train" if self.training else "valid"
         for name, value in self.loss_func.figures.items():
             self.sums[f"{part}_{name}"].append(value.detach())
             if not self.training: self.sizes[f"{part}_{name}"].append(find_bs(self.xb))
