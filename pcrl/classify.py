@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .crops import CropLoader
 from .datasets import Cases
 from .files import OnDisk
-from .runs import check_network, finetune_learner, load_weights_, pretrained_parts, read_config
+from .runs import check_network, finetune_learner, load_weights_, pretrained_parts, read_config, usual_lr
 from .schedules import schedule_settings
 from .transforms import to_unit
 from .unet import UNet, check_batch
@@ -195,7 +195,7 @@ def classify_learner(
     init: str | Path | None = None,  # as in `load_init_`; None starts from scratch
     width: int = 64,  # channels of F^1; must be the run's
     net: dict | None = None,  # more settings of the `UNet`; must be the run's
-    lr: float = 1e-4,  # the paper's, for a network of full width
+    lr: float | None = None,  # None: `usual_lr` of the width
     schedule: str = "full",  # a name in `SCHEDULES`
     weighted: bool = False,  # by `class_weights` of the train cases
     patience: int | None = None,  # epochs without a lower validation loss after which to stop; None never stops
@@ -218,7 +218,7 @@ def classify_learner(
                     width=width, labels=labels, exclusive=np.ndim(targets) == 1, size=size, init=str(init or "scratch"), data=data, seed=seed,
                     batch_size=dls.train.bs, schedule=schedule, weighted=weighted, **(net or {}))
     loss = partial(label_loss, weights=class_weights(targets, len(labels)) if weighted else None)
-    return finetune_learner(dls, model, loss, ("encoder", "head"), lr, run, settings, patience, **schedule_settings(schedule))
+    return finetune_learner(dls, model, loss, ("encoder", "head"), usual_lr(width) if lr is None else lr, run, settings, patience, **schedule_settings(schedule))
 
 # %% ../nbs/12_classify.ipynb #4a04fd4a
 @torch.no_grad()

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd
 from .cases import Cases
-from .files import CacheError, OnDisk
+from .files import CacheError, OnDisk, parts_of
 from .folders import folder_cases, folder_table
 from .luna16 import LUNG, luna16_cases, luna16_nodules
 from .medmnist import read_medmnist
@@ -66,8 +66,8 @@ def find_layout(
 # %% ../nbs/02f_layouts.ipynb #5815f354
 def _links_away(root, arrays):
     "Files of a sequence on disk that leave the data set through a link, each with a sentence that says so."
-    items = [item if isinstance(item, tuple) else (item,) for item in (arrays.items if isinstance(arrays, OnDisk) else ())]
-    return {p: why for p in dict.fromkeys(p for item in items for p in item if isinstance(p, Path)) if (why := link_away(p, root))}
+    items = arrays.items if isinstance(arrays, OnDisk) else ()
+    return {p: why for p in dict.fromkeys(p for item in items for p in parts_of(item) if isinstance(p, Path)) if (why := link_away(p, root))}
 
 # %% ../nbs/02f_layouts.ipynb #916823a7
 def open_cases(
@@ -166,9 +166,8 @@ def pretraining_sources(
         of = dict(zip(table.case, table.split))
         rows = [(source, case, facts | dict(split=of[case])) for source, case, facts in rows if case in of]
     wanted = {"unlabelled"} if any(facts["split"] == "unlabelled" for _, _, facts in rows) else {"train", "valid"}
-    contrasts = lambda source: source if isinstance(source, tuple) else (source,)
     known = {path: facts | dict(volume=case if path is source else f"{case} {k}") for source, case, facts in rows if facts["split"] in wanted
-             for k, path in enumerate(contrasts(source)) if path not in skipped}
+             for k, path in enumerate(parts_of(source)) if path not in skipped}
     if not known:
         left = f" (skipped: {len(skipped)}, the first: {min(skipped.items())[1]})" if skipped else ""
         raise ValueError(f"{root} has no images outside of its test part{left}: pretraining has nothing to see")

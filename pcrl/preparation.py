@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 from .cases import Cases
-from .files import OnDisk, read_image
+from .files import OnDisk, parts_of, read_image
 from .store import prepare
 from .volumes import Volume, read_volume, resample
 
@@ -73,7 +73,7 @@ def cases_preparation(
     if getattr(cases.images, "read", None) is not read_image: return None
     learned = [item for item, part in zip(cases.images.items, cases.split) if part in ("train", "valid")]
     picked = [learned[i] for i in np.unique(np.linspace(0, len(learned) - 1, files).astype(int))]
-    facts = [image_facts(read_volume(path)) for item in picked for path in (item if isinstance(item, tuple) else (item,))]
+    facts = [image_facts(read_volume(path)) for item in picked for path in parts_of(item)]
     values = (cases.targets.settings.get("values") or {}) if isinstance(cases.targets, OnDisk) else {}
     given = {number: value for value, number in reversed(values.items())}  # of several values that are one class the first
     more = dict(contrasts=contrast_endings(learned[0])) if isinstance(learned[0], tuple) else {}

@@ -7,7 +7,7 @@ Docs: https://pcrl-team.github.io/pcrl/runs.html.md"""
 # %% auto #0
 __all__ = ['CURVES', 'CosineDecay', 'EpochFigures', 'plot_log', 'KeepBest', 'model_card', 'RunFolder', 'read_config',
            'unfinished', 'resume', 'encoder_settings', 'load_part_', 'check_network', 'load_weights_', 'load_unet',
-           'pretrained_parts', 'LossWithFigures', 'finetune_learner']
+           'pretrained_parts', 'LossWithFigures', 'finetune_learner', 'usual_lr']
 
 # %% ../nbs/09a_runs.ipynb #b255cc43
 import csv, json, math, os, platform, time, warnings
@@ -467,6 +467,13 @@ def finetune_learner(
     if run is not None: cbs += [RunFolder(run, dict(settings or {}, patience=patience)), Forecast(run)]
     adam = partial(OptimWrapper, opt=torch.optim.Adam)
     return GuardedLearner(dls, model, loss_func=LossWithFigures(loss), opt_func=adam, lr=lr, splitter=splitter, cbs=cbs)
+
+# %% ../nbs/09a_runs.ipynb #5ee1be51
+def usual_lr(
+    width: int,  # channels of F^1
+) -> float:
+    "The paper's 1e-4 at full width, 8e-4 at width 16."
+    return 1e-4 * max(1, 64 / width) ** 1.5
 
 # %% ../nbs/09a_runs.ipynb #5ab0c3dc
 @patch

@@ -12,7 +12,7 @@ import json, re
 from pathlib import Path
 import numpy as np
 from .cases import Cases, split_by_patient
-from .files import OnDisk, read_image, read_mask
+from .files import OnDisk, parts_of, read_image, read_mask
 
 # %% ../nbs/02d_scans.ipynb #6cb89c2d
 def _with_masks(
@@ -21,7 +21,7 @@ def _with_masks(
     classes, spacing, window, seed, cache, note, regions=None,
 ):
     "`Cases` of volumes and masks on disk."
-    pairs = [(mask, image[0] if isinstance(image, tuple) else image) for mask, image in zip(masks, images)]
+    pairs = [(mask, parts_of(image)[0]) for mask, image in zip(masks, images)]
     images, masks = OnDisk(images, read_image, cache, spacing=spacing, window=window), OnDisk(pairs, read_mask, cache, spacing=spacing, values=values)
     return Cases(name, 3, "segment", images, masks, classes, patients, split_by_patient(patients, (0.7, 0.1, 0.2), seed), names=names, regions=regions,
                  note=f"{len(names)} scans of {len(set(patients))} patients, none of them published as test cases: {note}")

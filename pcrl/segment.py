@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .classify import LabelledLoader, check_channels, load_init_
 from .datasets import Cases
 from .files import OnDisk
-from .runs import finetune_learner
+from .runs import finetune_learner, usual_lr
 from .schedules import schedule_settings
 from .transforms import to_unit
 from .unet import UNet, check_batch
@@ -139,7 +139,7 @@ def segment_learner(
     init: str | Path | None = None,  # as in `load_init_`; None starts from scratch
     width: int = 64,  # channels of F^1; must be the run's
     net: dict | None = None,  # more settings of the `UNet`; must be the run's
-    lr: float = 1e-4,  # the paper's, for a network of full width
+    lr: float | None = None,  # None: `usual_lr` of the width
     loss: str = "dice",  # a name in `LOSSES`; "dice" is the paper's
     schedule: str = "full",  # a name in `SCHEDULES`
     patience: int | None = None,  # epochs without a lower validation loss after which to stop; None never stops
@@ -161,7 +161,7 @@ def segment_learner(
     settings = dict(title=f"segmentation of {', '.join(classes)}", task="segment", dims=len(size), in_channels=channels,
                     width=width, out_channels=1 + len(classes), classes=classes, size=size, init=str(init or "scratch"),
                     data=data, seed=seed, batch_size=dls.train.bs, loss=loss, schedule=schedule, **(net or {}))
-    return finetune_learner(dls, model, LOSSES[loss], ("encoder", "decoder"), lr, run, settings, patience, **schedule_settings(schedule))
+    return finetune_learner(dls, model, LOSSES[loss], ("encoder", "decoder"), usual_lr(width) if lr is None else lr, run, settings, patience, **schedule_settings(schedule))
 
 # %% ../nbs/13_segment.ipynb #0def2475
 def overlay_figure(
