@@ -16,6 +16,7 @@ from .dicom import dicom_header, dicom_kind, discreet, is_dicom
 from .files import OnDisk, read_image, read_mask
 from .store import labels_table
 from .volumes import READERS, WRITERS, VolumeError, find_images, link_away
+from .workers import FEW, in_processes
 
 # %% ../nbs/02a_folders.ipynb #c1cb9206
 def _own_images(images, dims):
@@ -176,17 +177,31 @@ def _tell_unmasked(root, names, without, masks, dims):
     warnings.warn(f"{len(without)} of {len(names)} images in {root / 'images'} have no mask, such as {without[0]}: they are left to pretraining; give a mask of zeros to those on which there is nothing to mark")
 
 # %% ../nbs/02a_folders.ipynb #f970c418
+def _numbers_in(path, masks, place):
+    "The numbers that a mask holds."
+    return np.unique(masks[place[path]]).tolist()
+
+def _numbers(masks):
+    "The numbers that all masks hold."
+    place = {str(path): i for i, (path, _) in enumerate(masks.items)}
+    if len(masks) <= FEW: return set().union(*(_numbers_in(path, masks, place) for path in place))
+    numbers = set()
+    for _, found, fault in in_processes("pcrl.folders:_numbers_in", [*place], (masks, place)):
+        if fault: raise VolumeError(fault)
+        numbers.update(found)
+    return numbers
+
+
 def _own_masks(root, names, sources, dims, spacing, cache):
     "Masks on disk with their values renumbered 1, 2, ..., and the values' names: a mask of 0 and 255 has one class."
-    paths, values = [_own_mask(root, name, dims) for name in names], set()
+    paths = [_own_mask(root, name, dims) for name in names]
     last = dict(zip(paths, names))
     for path, name in zip(paths, names):
         if path is None: raise ValueError(f"{_without_mask(root, name, dims)}, or take its row from labels.csv")
         if last[path] != name: raise ValueError(f"{path} would be the mask of {name} and of {last[path]}: give each image its own")
     if away := next(filter(None, (link_away(path, root / "masks") for path in paths)), None): raise VolumeError(away)
     masks = OnDisk(list(zip(paths, sources)), read_mask, cache, spacing=spacing)
-    for mask in masks: values |= set(np.unique(mask).tolist()) - {0}
-    if not values: raise ValueError(f"{root / 'masks'} has nothing but background: there is nothing to learn")
+    if not (values := _numbers(masks) - {0}): raise ValueError(f"{root / 'masks'} has nothing but background: there is nothing to learn")
     number = {v: k for k, v in enumerate(sorted(values), 1)}
     return OnDisk(masks.items, read_mask, cache, spacing=spacing, values=number), [f"class {v}" for v in number]
 
