@@ -23,12 +23,12 @@ demo: setup  ## pretrain and finetune on the embedded brain, report in demo/, or
 results: setup  ## run all demonstrations, table in results/demo.csv; the larger ones read PCRL_DATA
 	$(in_venv) python tools/results.py
 
-# Notebooks run side by side, as many as cores; a second thread helps the long ones that finish last.
+# Notebooks and then files of tests run side by side, as many as cores; a second thread helps the long notebooks that finish last.
 test: setup  ## run every notebook and every test
 	$(in_venv) python -m pytest -q -m drift
 	$(in_venv) OMP_NUM_THREADS=2 nbdev-test --timing --cell-timing-min 5
 	$(in_venv) python tools/docs.py
-	$(in_venv) python -m pytest -q
+	$(in_venv) OMP_NUM_THREADS=1 python -m pytest -q -n $$(nproc) --maxprocesses 8 --dist loadfile
 
 test-slow: setup  ## run the long forms that make test leaves out
 	$(in_venv) nbdev-test --flags slow --n-workers 1 --timing
