@@ -78,7 +78,7 @@ class _Input:
     min_iou: float = MIN_IOU[3]  # a pair is kept when its IoU is above
     pairs_per_image: int = 1  # crop pairs drawn from an image in an epoch
     air: float | None = None  # cubes of air are rejected: the threshold, see `is_air`; None: they are not
-    max_air: float = 0.15  # the share of air in a cube that is too much
+    max_air: float | None = 0.15  # the share of air in a cube that is too much; None: see `air_limit` (ours)
     margin: tuple[int, ...] | int = 0  # voxels left free at the image's faces, ([D,] H, W)
     spacing: tuple[float, ...] | None = None  # mm (z, y, x); None: not stated
     window: tuple[float, float] | None = None  # intensities that become 0 and 1; None: not stated
@@ -141,7 +141,7 @@ _OFFICIAL = dict(
     contrast_weight=1.0, reconstruction_weight=1.0, weight_decay=1e-4, cosine="epoch", epochs=240, patience=None, keep="last",
     p_flip=0.5, degrees=10.0)
 _LEFT_OPEN = {dims: dict(projector_norm=True, transforms="distinct", p_paint=0.5, p_inpaint=0.9, **crops)
-              for dims, crops in {2: _CROPS_2D | dict(crop_scales=(0.5, 1.0)), 3: dict(crop_scales=(1.5, 2.0))}.items()}
+              for dims, crops in {2: _CROPS_2D | dict(crop_scales=(0.5, 1.0)), 3: dict(crop_scales=(1.5, 2.0), air=0.04, max_air=None)}.items()}
 _ROBUST = dict(
     name="robust", transatt="open", skips=False, turn_clean=False, contrasted="deepest", beta=0.9, queue_size=512,
     lr=0.1, clip=20.0, warmup=0.03, patience=None, keep="last")
