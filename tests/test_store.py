@@ -1,5 +1,6 @@
 "The store on real files: killed at any point and built again, with readers that die, with hostile names and settings."
 import json, os, signal, subprocess, sys, time
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel, numpy as np, pandas as pd, pytest
@@ -25,8 +26,11 @@ def lines(dst):
 
 
 def children():
-    "Processes that this one has started."
-    return {int(child) for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()}
+    "Processes that this one has started; threads may end meanwhile, theirs are then another thread's."
+    started = set()
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError): started.update(map(int, (thread / "children").read_text().split()))
+    return started
 
 
 @pytest.fixture(scope="module")
