@@ -23,7 +23,7 @@ from .sources import source_hash
 from .store import Store, build_store
 from .timing import conditions, time_in_turn
 from .volumes import read_volume
-from .workers import in_processes
+from .workers import children, in_processes
 
 # %% ../nbs/17b_bench_data.ipynb #027d104b
 def write_volumes(
@@ -205,10 +205,6 @@ def _memory(pids):
     return sum(int(roll.split("Pss:")[1].split()[0]) for roll in rolls) / 1000
 
 
-def _children():
-    return [int(c) for task in Path("/proc/self/task").iterdir() for c in (task / "children").read_text().split()]
-
-
 def loader_memory(
     setting: tuple[int, int],  # volumes in the store, workers
     folder: str,  # for the store
@@ -223,7 +219,7 @@ def loader_memory(
     for k, _ in enumerate(CropLoader(pairs, bs=bs, shuffle=True, num_workers=workers), 1):
         if 2 * bs * k > crops: break
         if k == 2 or k % every == 0:
-            own = _children()
+            own = children()
             rows.append(dict(volumes=volumes, workers=workers, crops=2 * bs * k, total=_memory([os.getpid(), *own]), worker=_memory(own) / max(1, workers)))
     return rows
 

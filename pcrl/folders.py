@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .cases import Cases, split_by_patient
 from .dicom import dicom_header, dicom_kind, discreet, is_dicom
-from .files import OnDisk, read_image, read_mask
+from .files import CacheError, OnDisk, read_image, read_mask
 from .store import labels_table
 from .volumes import READERS, WRITERS, VolumeError, find_images, link_away
 from .workers import FEW, in_processes
@@ -178,16 +178,19 @@ def _tell_unmasked(root, names, without, masks, dims):
 
 # %% ../nbs/02a_folders.ipynb #f970c418
 def _numbers_in(path, masks, place):
-    "The numbers that a mask holds."
-    return np.unique(masks[place[path]]).tolist()
+    "The numbers that a mask holds, and why no mask can be kept."
+    try: return np.unique(masks[place[path]]).tolist(), None
+    except CacheError as e: return [], str(e)
 
 def _numbers(masks):
     "The numbers that all masks hold."
-    place = {str(path): i for i, (path, _) in enumerate(masks.items)}
-    if len(masks) <= FEW: return set().union(*(_numbers_in(path, masks, place) for path in place))
-    numbers = set()
-    for _, found, fault in in_processes("pcrl.folders:_numbers_in", [*place], (masks, place)):
+    numbers, place = set(), {str(path): i for i, (path, _) in enumerate(masks.items)}
+    if len(masks) > FEW: results = in_processes("pcrl.folders:_numbers_in", [*place], (masks, place))
+    else: results = ((i, _numbers_in(path, masks, place), None) for path, i in place.items())
+    for _, result, fault in results:
         if fault: raise VolumeError(fault)
+        found, stop = result
+        if stop: raise CacheError(stop)
         numbers.update(found)
     return numbers
 

@@ -599,10 +599,13 @@ def crops_of_both():
     assert all(((130, 260, 260) - b[1] >= (15, 70, 70)).all() for pair in pairs for b in pair)
 
 
+def crop_pairs(recipe, images): return CropPairs(images, **{k: v for k, v in loader_settings(recipe).items() if k != "bs"})
+
+
 def loaders(recipe, setting, images):
     theirs = get_recipe({"literal": "official", "official": "literal"}[recipe], 3)
     for r in (get_recipe(recipe, 3), get_recipe(recipe, 3, **{setting: getattr(theirs, setting)})):
-        yield CropPairs(images, **{k: v for k, v in loader_settings(r).items() if k != "bs"})
+        yield crop_pairs(r, images)
 
 
 @row("input", "pairs_per_image")
@@ -632,7 +635,7 @@ def max_air():
     for recipe in ("paper", "robust"):
         limits = []
         for most in (get_recipe(recipe, 3).max_air, get_recipe("official", 3).max_air):
-            pairs = CropPairs([scan] * 8, **{k: v for k, v in loader_settings(get_recipe(recipe, 3, crop=(16, 32, 32), max_air=most)).items() if k != "bs"})
+            pairs = crop_pairs(get_recipe(recipe, 3, crop=(16, 32, 32), max_air=most), [scan] * 8)
             limits.append(max((pairs[0, i] == 0).mean((1, 2, 3, 4)).max() for i in range(8)))
         assert .15 >= limits[1] and .15 < limits[0] <= .9
 

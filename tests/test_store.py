@@ -1,12 +1,12 @@
 "The store on real files: killed at any point and built again, with readers that die, with hostile names and settings."
 import json, os, signal, subprocess, sys, time
-from contextlib import suppress
 from pathlib import Path
 
 import nibabel, numpy as np, pandas as pd, pytest
 
 from pcrl.check import verify_store
 from pcrl.store import Store, build_store
+from pcrl.workers import children
 
 LUNG = dict(dims=3, spacing=(2., 1., 1.), window=(-1000., 1000.))
 
@@ -23,14 +23,6 @@ def lines(dst):
     "Rows in the journal; -1 where there is none."
     try: return (dst / "building.jsonl").read_text().count("\n{")
     except FileNotFoundError: return -1
-
-
-def children():
-    "Processes that this one has started; threads may end meanwhile, theirs are then another thread's."
-    started = set()
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError): started.update(map(int, (thread / "children").read_text().split()))
-    return started
 
 
 @pytest.fixture(scope="module")
