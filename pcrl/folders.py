@@ -185,9 +185,7 @@ def _numbers_in(path, masks, place):
 def _numbers(masks):
     "The numbers that all masks hold."
     numbers, place = set(), {str(path): i for i, (path, _) in enumerate(masks.items)}
-    if len(masks) > FEW: results = in_processes("pcrl.folders:_numbers_in", [*place], (masks, place))
-    else: results = ((i, _numbers_in(path, masks, place), None) for path, i in place.items())
-    for _, result, fault in results:
+    for _, result, fault in in_processes("pcrl.folders:_numbers_in", [*place], (masks, place), few=FEW):
         if fault: raise VolumeError(fault)
         found, stop = result
         if stop: raise CacheError(stop)
@@ -196,7 +194,7 @@ def _numbers(masks):
 
 
 def _own_masks(root, names, sources, dims, spacing, cache):
-    "Masks on disk with their values renumbered 1, 2, ..., and the values' names: a mask of 0 and 255 has one class."
+    "Masks on disk, their values renumbered 1, 2, ... where they are others, and the values' names: a mask of 0 and 255 has one class."
     paths = [_own_mask(root, name, dims) for name in names]
     last = dict(zip(paths, names))
     for path, name in zip(paths, names):
@@ -206,7 +204,8 @@ def _own_masks(root, names, sources, dims, spacing, cache):
     masks = OnDisk(list(zip(paths, sources)), read_mask, cache, spacing=spacing)
     if not (values := _numbers(masks) - {0}): raise ValueError(f"{root / 'masks'} has nothing but background: there is nothing to learn")
     number = {v: k for k, v in enumerate(sorted(values), 1)}
-    return OnDisk(masks.items, read_mask, cache, spacing=spacing, values=number), [f"class {v}" for v in number]
+    if any(v != k for v, k in number.items()): masks = OnDisk(masks.items, read_mask, cache, spacing=spacing, values=number)
+    return masks, [f"class {v}" for v in number]
 
 # %% ../nbs/02a_folders.ipynb #dadb8b51
 def folder_cases(

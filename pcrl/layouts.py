@@ -99,11 +99,6 @@ def _prepare(name, sequences, place):
         for arrays in sequences: arrays[place[name]]
     except CacheError as e: return str(e)
 
-def _fault(name, *args):
-    "Why no case can be prepared, and why this one cannot; or None."
-    try: return _prepare(name, *args), None
-    except VolumeError as e: return None, str(e)
-
 # %% ../nbs/02f_layouts.ipynb #e3cadf95
 def prepare_cases(
     cases: Cases,
@@ -116,9 +111,7 @@ def prepare_cases(
     sequences = [s for s in (cases.images, cases.targets) if isinstance(s, OnDisk) and s.cache is not None]
     names = [n for n, part in zip(cases.names, cases.split) if part != "unlabelled" and sequences]
     faults, args = {}, (sequences, {n: i for i, n in enumerate(cases.names)})
-    if len(names) > FEW: results = in_processes("pcrl.layouts:_prepare", names, args, processes)
-    else: results = ((i, *_fault(n, *args)) for i, n in enumerate(names))
-    for done, (i, stop, fault) in enumerate(results, 1):
+    for done, (i, stop, fault) in enumerate(in_processes("pcrl.layouts:_prepare", names, args, processes, few=FEW), 1):
         if stop: raise OSError(stop)
         if fault: faults[names[i]] = fault
         if progress: progress(done, len(names))

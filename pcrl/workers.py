@@ -26,19 +26,23 @@ def _sentence(item, error):
     return f"{item} could not be worked on ({type(error).__name__}: {error}): leave it out"
 
 
+def _called(work, item, args):
+    "The result and None, or None and a sentence."
+    module, _, name = work.partition(":")
+    try: return getattr(import_module(module), name)(item, *args), None
+    except Exception as e: return None, _sentence(item, e)
+
+
 def _serve():
     "Answer one request after the other, until there are no more."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     for stream in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     work, args = pickle.load(requests)
-    module, _, name = work.partition(":")
     while True:
         try: item = pickle.load(requests)
         except EOFError: return
-        try: answer = json.dumps((getattr(import_module(module), name)(item, *args), None))
-        except Exception as e: answer = json.dumps((None, _sentence(item, e)))
-        answers.write(f"{answer}\n".encode())
+        answers.write(f"{json.dumps(_called(work, item, args))}\n".encode())
         answers.flush()
 
 # %% ../nbs/00w_workers.ipynb #99122ec0
@@ -110,8 +114,12 @@ def in_processes(
     args: tuple = (),
     processes: int|None = None,  # None: one for each core
     patience: float = PATIENCE,  # seconds for an item, after which its process is ended
+    few: int = 0,  # up to so many items are worked on in this process, which none may end then
 ) -> Iterator[tuple]:  # (place in `items`, result, None), or (place, None, sentence), in the order in which they are ready
     "Do the same work on every item, in processes of which any may die."
+    if len(items) <= few:
+        for i, item in enumerate(items): yield i, *_called(work, item, args)
+        return
     workers, free = [_Worker(work, args) for _ in range(min(processes or cores(), len(items)))], SimpleQueue()
     for worker in workers: free.put(worker)
     def ask(item):

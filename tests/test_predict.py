@@ -43,7 +43,7 @@ def series_image(folder):
 
 def test_the_run_says_how_its_images_were_prepared(masks_run):
     how = json.loads((masks_run / "config.json").read_text())["preparation"]
-    assert (how["spacing"], how["window"], how["mask_values"], how["seen"]["spacing"]) == ([3, 3, 3], None, [1, 2], [[1, 1, 1], [1, 1, 1]])
+    assert (how["spacing"], how["window"], how["mask_values"], how["seen"]["spacing"]) == ([3, 3, 3], None, None, [[1, 1, 1], [1, 1, 1]])
     cases = pd.read_csv(masks_run / "cases.csv")
     assert set(cases["class"]) == {"class 1", "class 2"} and cases.case.str.endswith(".nii.gz").all() and cases.hd95.gt(0).all()
     assert pd.read_csv(masks_run / "test.csv").metric.tolist()[:4] == ["dice", "dice class 1", "dice class 2", "surface_dice"]
