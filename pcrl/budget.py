@@ -76,7 +76,9 @@ def sizes_that_fit(
     Raises ValueError if there is none."""
     wanted = dict.fromkeys((crop or c, width or w) for c, w in reversed(SIZES[dims]))
     found = [(c, w) for c, w in wanted if all(a <= b for a, b in zip(c, shape))]
-    if not found: raise ValueError(f"images of {' x '.join(map(str, shape))} are smaller than crops of {next(iter(wanted))[0]}: give larger images")
+    if not found:
+        smallest, way = next(iter(wanted))[0], ", or bring these to more pixels by --size" if dims == 2 else ""
+        raise ValueError(f"images of {' x '.join(map(str, shape))} are smaller than crops of {' x '.join(map(str, smallest))}: give larger images{way}")
     return found
 
 

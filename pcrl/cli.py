@@ -132,7 +132,7 @@ def above_zero(
 # %% ../nbs/20_cli.ipynb #adc522b1
 Dims = Annotated[int, typer.Option(min=2, max=3, help="2 for radiographs, 3 for CT and MRI.")]
 Crop = Annotated[str | None, typer.Option(help="Voxels of a crop. Default 32x64x64, in 2D 224x224.", metavar="DxHxW")]
-Size = Annotated[int, typer.Option(help="2D: pixels a side to which images are brought; images with masks keep their own size.")]
+Size = Annotated[int | None, typer.Option(min=1, help="2D: pixels a side to which images are brought, 256 if left out; images with masks, and a MedMNIST file's if left out, keep their own size.")]
 Spacing = Annotated[tuple[float, float, float], typer.Option(help="3D: spacing in mm (z y x) to which volumes are brought.")]
 Window = Annotated[tuple[float, float] | None, typer.Option(
     help="Intensities that become 0 and 1, such as `-1000 1000` for lung CT; percentiles of each image if left out.")]
@@ -164,7 +164,7 @@ def pretrain(
     width: Annotated[int | None, typer.Option(min=1, help="Channels of the first level; 64, the paper's, if left out; 16 suits a CPU.")] = None,
     lr: Annotated[float | None, typer.Option(callback=above_zero, help="Learning rate; the recipe's if left out.")] = None,
     valid: Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of the patients that is kept for validation.")] = 0.1,
-    size: Size = 256,
+    size: Size = None,
     spacing: Annotated[tuple[float, float, float] | None, typer.Option(
         help="3D: spacing in mm (z y x) to which volumes are brought; the recipe's, or 1 1 1.")] = None,
     window: Window = None,
@@ -178,6 +178,7 @@ def pretrain(
     from dataclasses import asdict
     from pcrl import budget as b, pretrain as p, runs
     from pcrl.checkpoints import StopOnSignal
+    from pcrl.layouts import holds_arrays
     from pcrl.recipes import at_size, get_recipe, loader_settings
     from pcrl.records import file_hash
     for option, value in dict(split=split, spacing=spacing, window=window).items():
@@ -189,8 +190,9 @@ def pretrain(
     resume = resume and ((out / "config.json").exists() or not images.exists())  # stopped while it read images, it begins
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
     crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
-    spacing, size = (spacing or r.spacing or (1.0, 1.0, 1.0), None) if dims == 3 else (None, size)
-    store = p.open_store(src, images, dims, spacing, size, window or r.window, split=split, continues=resume)
+    arrays = holds_arrays(src)
+    spacing, size = (spacing or r.spacing or (1.0, 1.0, 1.0), None) if dims == 3 else (None, size or (None if arrays else 256))
+    store = p.open_store(src, images, dims, spacing, size, window or (None if arrays else r.window), split=split, continues=resume)
     loaders = lambda **chosen: p.store_loaders(store, valid=valid, seed=seed, num_workers=workers, **crops | chosen)
     plan, stops = None, [StopOnSignal()]
     if minutes is not None:
@@ -325,7 +327,7 @@ def finetune(
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower validation loss; never if left out.")] = None,
     class_weights: Annotated[bool, typer.Option("--class-weights", help="Of labels: let rare ones weigh as much as common ones.")] = False,
     loss: Annotated[str, typer.Option(help="Of segmentation: `dice`, or `dice_ce`, which adds cross entropy and suits very few cases.")] = "dice",
-    size: Size = 256,
+    size: Size = None,
     spacing: Spacing = (1.0, 1.0, 1.0),
     window: Window = None,
     split: Split = None,
@@ -338,15 +340,17 @@ def finetune(
     from pcrl.checkpoints import StopOnSignal
     from pcrl.classify import check_init
     from pcrl.efficiency import label_efficiency
-    from pcrl.layouts import open_cases, prepare_cases
+    from pcrl.layouts import holds_arrays, open_cases, prepare_cases
     from pcrl.repeats import finetune_repeats, spread
     if ratios and labelled: raise ValueError("--ratios and --labelled do not go together: each says how many training cases are used")
     if compare and not ratios: raise ValueError("--compare needs --ratios, such as --ratios 0.1 1; runs that are there already are compared by `pcrl compare`")
     box, own = parse_crop(crop, dims), out.with_name(f"{out.name}-cases")
     if cache is None and own.exists() and not any(out.glob("**/config.json")): resume = False  # stopped while it prepared cases, it begins
     for source in (init, compare): check_init(source, dims)
-    cases = open_cases(src, dims, spacing if dims == 3 else None, size if dims == 2 else crop and box, window, cache=cache or own, split=split)
-    for told in differs_from_pretraining(init, window=window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
+    arrays = holds_arrays(src)
+    sides = crop and box if dims == 3 else size or (None if arrays else 256)
+    cases = open_cases(src, dims, spacing if dims == 3 else None, sides, window, cache=cache or own, split=split)
+    for told in differs_from_pretraining(init, window=(0.0, 255.0) if arrays else window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
     saw = [*filter(None, [saw_test_cases(start, cases) for start in (init, compare)])]
@@ -478,7 +482,7 @@ def store(
 ):
     """Read a folder of images once into a store, or verify one. Exit code 0: all were read, 3: some were skipped, 1: none were read."""
     from pcrl import check as c, store as s
-    from pcrl.layouts import pretraining_sources
+    from pcrl.layouts import holds_arrays, pretraining_sources, window_and_channels
     if verify:
         with progress("Verifying") as tell: bad = c.verify_store(src, workers, tell)
         for file, reason in bad.itertuples(index=False): typer.echo(f"{file} {reason}")
@@ -487,6 +491,7 @@ def store(
     if dst is None: raise ValueError("there is no place for the store: give SRC and DST, or one store and --verify")
     settings = s.settings_for(preset, dims=dims, spacing=spacing, size=size, window=window, dtype=dtype, channels=channels)
     sources, describe = pretraining_sources(src, settings["dims"])
+    if holds_arrays(src): settings |= dict(size=size) | window_and_channels(sources, window, channels)
     with progress("Reading") as tell: made = s.build_store(sources, dst, describe=describe, key=key, processes=workers, progress=tell, **settings)
     typer.echo(f"Store:   {dst}, {len(made)} images of {len(set(made.patients))} patients")
     if len(made.skipped):

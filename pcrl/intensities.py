@@ -41,11 +41,12 @@ def to_uint8(
 
 # %% ../nbs/00e_intensities.ipynb #3507f349
 def resize2d(
-    array: np.ndarray,  # (H, W), any intensities
+    array: np.ndarray,  # ([C,] H, W), any intensities
     size: int,  # edge of the square that comes out, in pixels
-) -> np.ndarray:  # (size, size), float32; may overshoot the old range a little at sharp edges
+) -> np.ndarray:  # ([C,] size, size), float32; may overshoot the old range a little at sharp edges
     "Resize the shorter side to `size`, then cut the middle square."
     from PIL import Image
+    if array.ndim == 3: return np.stack([resize2d(channel, size) for channel in array])
     h, w = array.shape
     height, width = (max(size, round(n * size / min(h, w))) for n in (h, w))
     resized = np.asarray(Image.fromarray(array.astype(np.float32)).resize((width, height), Image.Resampling.LANCZOS))

@@ -16,6 +16,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 from .cases import Cases
 from .datasets import read_arrays
+from .store import prepare
+from .volumes import ArrayImage
 
 # %% ../nbs/02c_medmnist.ipynb #b24a0214
 def _md5(path):
@@ -141,11 +143,13 @@ def _targets(flag, labels):
 def read_medmnist(
     path,  # .npz
     flag: str,  # the set that it is of
+    size: int|tuple|None = None,  # 2D: pixels a side to which images are brought; 3D: (D, H, W) voxels to which the middle is cut or padded; None: as they are
 ) -> Cases:  # task "classify", official split
     "A MedMNIST file. Raises ValueError if there is no such set or the file holds something else."
     arrays, parts = read_arrays(path), dict(train="train", valid="val", test="test")
     if flag not in _SETS: raise ValueError(f"{path} is not known, MedMNIST has no set {flag!r}: call it as its publisher does, such as {next(iter(_SETS))}.npz")
     images = [x for p in parts.values() for x in _channels_first(arrays[f"{p}_images"])]    # views: nothing is copied
+    if size is not None: images = [prepare(ArrayImage(f"{path}/{i}", x).volume(), size=size, window=(0, 255)) for i, x in enumerate(images)]
     labels = {part: arrays[f"{p}_labels"] for part, p in parts.items()}
     targets, names = _targets(flag, np.concatenate(list(labels.values())))
     cases = [f"{part}_{i}" for part, t in labels.items() for i in range(len(t))]

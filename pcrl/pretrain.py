@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .checkpoints import read_checkpoint
 from .crops import MIN_IOU, SCALES, crop_loaders
 from .cases import split_by_patient
-from .layouts import pretraining_sources
+from .layouts import pretraining_sources, window_and_channels
 from .model import METHODS
 from .monitors import CollapseMonitor
 from .recipes import Recipe, get_recipe, loader_settings
@@ -213,7 +213,7 @@ def open_store(
     dims: int,  # 2 or 3
     spacing: tuple | None = None,  # 3D: mm (z, y, x); None: each as it is
     size: int | None = None,  # 2D: pixels a side; None: each as it is
-    window: tuple | None = None,  # intensities that become 0 and 1; None: each image's percentiles
+    window: tuple | None = None,  # intensities that become 0 and 1; None: each image's percentiles; 0 to 255 of a file of arrays
     seed: int = 0,  # of a data set's test part, which is left out, as far as none is published
     split: str | Path | None = None,  # file that says which images are unlabelled; None: all but the test part
     continues: bool = False,  # a run that was begun with the store: it stays as it is, whatever has come to `src` or gone since
@@ -223,12 +223,13 @@ def open_store(
     Raises ValueError or OSError if there is nothing to read, or the store is of other dimensions or settings, or holds other images than the split allows."""
     made = next((Store(p) for p in (src, store) if (Path(p) / "manifest.csv").exists()), None)
     if made and made.dims != dims: raise ValueError(f"{made.path} is a {made.dims}D store: give dims {made.dims}")
-    wanted = dict(spacing=spacing and [*spacing], size=size, window=window and [*window])
     if made and made.path == Path(src): return made
     if made and split is None and not Path(src).exists():
         warnings.warn(f"{src} is not there: {made.path}, made before, is used")
         return made
     sources, describe = pretraining_sources(src, dims, seed, split)
+    usual = window_and_channels(sources, window)
+    wanted = dict(spacing=spacing and [*spacing], size=size, window=usual["window"] and [*usual["window"]])
     if made:
         if describe: below = {printable(describe(source)["volume"]): os.path.relpath(str(source), src) for source in sources}
         else: below = {} if continues else {name: name for name in volume_names(src, dims)}
@@ -236,7 +237,7 @@ def open_store(
             raise ValueError(f"{made.path} holds {odd[0]}, which is not to be pretrained on ({len(odd)} such in all): it was made of other images, or with another split or seed; "
                              "choose another name for the run, or remove the store")
         if wanted.items() <= (wanted | made.settings).items() and (continues or not _unread(made, below)): return made
-    built = build_store(sources, store, dims, spacing, size, window, describe=describe)
+    built = build_store(sources, store, dims, spacing, size, describe=describe, **usual)
     if len(built.skipped): warnings.warn(f"{len(built.skipped)} files could not be read, they are listed in {built.path / 'skipped.csv'}")
     return built
 

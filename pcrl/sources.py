@@ -27,9 +27,10 @@ def _files_of(source):
     return [path, voxels] if voxels.is_file() and (not voxels.is_symlink() or path.is_symlink()) else [path]
 
 def source_hash(
-    source,  # a file, a folder of DICOM slices, or a `DicomSeries`
+    source,  # a file, a folder of DICOM slices, a `DicomSeries`, or an `ArrayImage`
 ) -> str:  # sha256, 64 hex digits
-    "Hash of a source's bytes; of several files, of all in the order of their names."
+    "Hash of a source's bytes; of several files, of all in the order of their names; of an array, of its shape too."
+    if (array := getattr(source, "array", None)) is not None: return hashlib.sha256(repr((array.shape, array.dtype.str)).encode() + array.tobytes()).hexdigest()
     def of_file(path):
         with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
     sums = [of_file(path) for path in _files_of(source)]

@@ -2,7 +2,7 @@
 import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
-import pandas as pd, pytest
+import numpy as np, pandas as pd, pytest
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -11,6 +11,7 @@ from kill_resume import differences
 from pcrl.checkpoints import find_checkpoints
 from pcrl.cli import app
 from pcrl.datasets import brain_cases
+from pcrl.store import Store
 
 SMALL_2D = ["--dims", "2", "--crop", "32x32", "--size", "64", "--width", "4", "--bs", "4", "--lr", "0.05"]
 
@@ -238,6 +239,24 @@ def test_volumes_of_real_patients(kit, tmp_path):
     pcrl("pretrain", tmp_path / "own" / "images", "--out", tmp_path / "run", "--epochs", 1, "--crop", "16x16x16", "--width", 4, "--bs", 4, "--lr", 0.05)
     out = pcrl("finetune", tmp_path / "own", "--out", tmp_path / "tuned", "--init", tmp_path / "run", "--epochs", 1, "--crop", "24x24x24", "--lr", 0.003, "--repeats", 1)
     assert "dice class 2" in out
+
+
+def test_a_file_of_medmnist(tmp_path):
+    "Pretrained on as it is, but for its test part, and finetuned on; a run that is resumed keeps its store."
+    rng, file, arrays = np.random.default_rng(0), tmp_path / "breastmnist.npz", {}
+    for part, n in (("train", 16), ("val", 8), ("test", 16)):
+        arrays |= {f"{part}_images": rng.integers(0, 256, (n, 64, 64), np.uint8), f"{part}_labels": np.arange(n)[:, None] % 2}
+    np.savez_compressed(file, **arrays)
+    options = ["--dims", 2, "--crop", "32x32", "--width", 4, "--bs", 4, "--lr", 0.05]
+    pcrl("pretrain", file, "--out", tmp_path / "run", "--epochs", 1, *options)
+    pcrl("pretrain", file, "--out", tmp_path / "run", "--epochs", 1, "--resume", *options)
+    seen = np.stack([image[0] for image in Store(tmp_path / "run-store")])
+    assert sorted(x.tobytes() for x in seen) == sorted(x.tobytes() for part in ("train", "val") for x in arrays[f"{part}_images"])
+    told = CliRunner().invoke(app, [*map(str, ("finetune", file, "--out", tmp_path / "tuned", "--init", tmp_path / "run", "--dims", 2, "--epochs", 1, "--repeats", 1))])
+    assert told.exit_code == 0 and "auc" in told.stdout and "was pretrained" not in told.stderr + (tmp_path / "tuned" / "report.md").read_text()
+    assert "24 images of 24 patients" in pcrl("store", file, tmp_path / "store", "--dims", 2)
+    assert {x.shape for x in Store(tmp_path / "store")} == {(1, 64, 64)}
+    assert "is 2D: give dims 2" in complaint("pretrain", file, "--out", tmp_path / "none", "--epochs", 1)
 
 
 def test_reproduce_goes_on_and_makes_a_page(kit, tmp_path):
