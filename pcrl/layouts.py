@@ -171,7 +171,7 @@ def holds_arrays(
     root,  # as for `pretraining_sources`
 ) -> bool:
     "Whether it is one file of arrays, and not files of images."
-    return (layout := find_layout(root)) is not None and layout.arrays
+    return Path(root).is_file() and any(layout.arrays and layout.mark(Path(root)) for layout in LAYOUTS)  # no folder is searched
 
 
 def window_and_channels(

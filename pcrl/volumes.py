@@ -77,7 +77,7 @@ class ArrayImage:
 
 # %% ../nbs/00f_volumes.ipynb #9cf9233b
 def read_volume(
-    source,  # .nii, .nii.gz, .mhd, .mha, .nrrd, .png, .jpg, .tif, a DICOM file, a folder with one DICOM series, or what `find_images` gave
+    source,  # .nii, .nii.gz, .mhd, .mha, .nrrd, .png, .jpg, .tif, a DICOM file, a folder with one DICOM series, an `ArrayImage`, or what `find_images` gave
 ) -> Volume:  # float32 in the file's own intensities; (D, H, W) or (C, D, H, W) in RAS order, or (H, W)
     "Read an image into canonical order; raises `VolumeError`."
     if isinstance(source, ArrayImage): return source.volume()
