@@ -342,6 +342,7 @@ def finetune(
     from pcrl.efficiency import label_efficiency
     from pcrl.layouts import holds_arrays, open_cases, prepare_cases
     from pcrl.repeats import finetune_repeats, spread
+    from pcrl.volumes import ArrayImage
     if ratios and labelled: raise ValueError("--ratios and --labelled do not go together: each says how many training cases are used")
     if compare and not ratios: raise ValueError("--compare needs --ratios, such as --ratios 0.1 1; runs that are there already are compared by `pcrl compare`")
     box, own = parse_crop(crop, dims), out.with_name(f"{out.name}-cases")
@@ -350,7 +351,7 @@ def finetune(
     arrays = holds_arrays(src)
     sides = crop and box if dims == 3 else size or (None if arrays else 256)
     cases = open_cases(src, dims, spacing if dims == 3 else None, sides, window, cache=cache or own, split=split)
-    for told in differs_from_pretraining(init, window=(0.0, 255.0) if arrays else window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
+    for told in differs_from_pretraining(init, window=ArrayImage.window if arrays else window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
     saw = [*filter(None, [saw_test_cases(start, cases) for start in (init, compare)])]

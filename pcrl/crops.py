@@ -11,6 +11,7 @@ __all__ = ['SCALES', 'MIN_IOU', 'AT_ONCE', 'random_edges', 'box_iou', 'random_bo
 # %% ../nbs/03_crops.ipynb #ad039c8c
 import os
 from collections.abc import Sequence
+from functools import partial
 from math import log
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.basics import patch
@@ -80,11 +81,13 @@ def random_pair(
     margin: int|Sequence = 0,  # see `random_box`
 ) -> tuple:  # two boxes, each (2, dims)
     "Draw two boxes of one image, with sizes and places of their own, that overlap enough."
-    n = min(AT_ONCE, tries) if min_iou else 1
+    edges = partial(random_edges, rng, shape, size, scales)
+    if not min_iou: return tuple(random_box(rng, shape, edges(), margin=margin) for _ in range(2))
+    n = min(AT_ONCE, tries)
     for _ in range(0, tries, n):
-        a = random_box(rng, shape, random_edges(rng, shape, size, scales, n), margin=margin)
-        b = random_box(rng, shape, random_edges(rng, shape, size, scales, n), a if min_iou else None, min_iou, margin)
-        if (passed := box_iou(a, b) > min_iou).any() or not min_iou: break
+        a = random_box(rng, shape, edges(n), margin=margin)
+        b = random_box(rng, shape, edges(n), a, min_iou, margin)
+        if (passed := box_iou(a, b) > min_iou).any(): break
     first = passed.argmax() if passed.any() else -1
     return a[:, first], b[:, first]
 

@@ -56,6 +56,9 @@ LAYOUTS = [
     Layout("MedMNIST", 0, lambda root: root.suffix == ".npz" and root.is_file(), False, lambda root, o: read_medmnist(root, root.stem.split("_")[0], o.size), True)]
 
 # %% ../nbs/02f_layouts.ipynb #a4d6745d
+def _check_cases(root, cases, dims):
+    if cases.dims != dims: raise ValueError(f"{root} is {cases.dims}D: give dims {cases.dims}")
+
 def _check_dims(root, layout, dims):
     if layout.dims not in (0, dims): raise ValueError(f"{root} is {layout.name}, which is {layout.dims}D: give dims {layout.dims}")
 
@@ -91,7 +94,7 @@ def open_cases(
     cases = layout.open(Path(root), SimpleNamespace(dims=dims, spacing=spacing, size=size, window=window, seed=seed, cache=cache))
     away = {} if layout is LAYOUTS[0] else _links_away(root, cases.images) | _links_away(root, cases.targets)
     if away: raise VolumeError(next(iter(away.values())))
-    if cases.dims != dims: raise ValueError(f"{root} is {cases.dims}D: give dims {cases.dims}")
+    _check_cases(root, cases, dims)
     return cases if split is None else use_split(cases, split)
 
 # %% ../nbs/02f_layouts.ipynb #55474458
@@ -133,7 +136,7 @@ def _listed(root, dims, seed):
         return Path(root).resolve().name, list(zip(table.source, table.image, manifest_facts(table.drop(columns=["source", "reason", "person"])))), dict(zip(bad.source, bad.reason))
     asked = SimpleNamespace(dims=dims, spacing=None, size=None, window=None, seed=seed, cache=None)
     cases = luna16_cases(root) if layout.name == "LUNA16" else layout.open(Path(root), asked)
-    if cases.dims != dims: raise ValueError(f"{root} is {cases.dims}D: give dims {cases.dims}")
+    _check_cases(root, cases, dims)
     facts = [dict(patient=str(p), split=part) for p, part in zip(cases.patients, cases.split)]
     sources = [ArrayImage(f"{root}/{name}", image) for name, image in zip(cases.names, cases.images)] if layout.arrays else cases.images.items
     return cases.name, list(zip(sources, cases.names, facts)), _links_away(root, cases.images)
@@ -181,4 +184,4 @@ def window_and_channels(
 ) -> dict:  # for `build_store`
     "What is given, or one channel and percentiles; images that come as arrays stay as they are."
     arrays = isinstance(sources, Sources) and isinstance(sources[0], ArrayImage)
-    return dict(window=window or ((0.0, 255.0) if arrays else None), channels=channels or (len(sources[0].array) if arrays else 1))
+    return dict(window=window or (ArrayImage.window if arrays else None), channels=channels or (len(sources[0].array) if arrays else 1))

@@ -149,7 +149,7 @@ def read_medmnist(
     arrays, parts = read_arrays(path), dict(train="train", valid="val", test="test")
     if flag not in _SETS: raise ValueError(f"{path} is not known, MedMNIST has no set {flag!r}: call it as its publisher does, such as {next(iter(_SETS))}.npz")
     images = [x for p in parts.values() for x in _channels_first(arrays[f"{p}_images"])]    # views: nothing is copied
-    if size is not None: images = [prepare(ArrayImage(f"{path}/{i}", x).volume(), size=size, window=(0, 255)) for i, x in enumerate(images)]
+    if size is not None: images = [prepare(ArrayImage(f"{path}/{i}", x).volume(), size=size, window=ArrayImage.window) for i, x in enumerate(images)]
     labels = {part: arrays[f"{p}_labels"] for part, p in parts.items()}
     targets, names = _targets(flag, np.concatenate(list(labels.values())))
     cases = [f"{part}_{i}" for part, t in labels.items() for i in range(len(t))]

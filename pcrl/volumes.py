@@ -67,6 +67,7 @@ class ArrayImage:
     "One of many images in a file of arrays; 3D: a voxel counts as 1 mm."
     name: str  # the file's, and its own below
     array: np.ndarray  # (C, [D,] H, W)
+    window = (0.0, 255.0)  # of all of them: intensities that become 0 and 1
 
     def __str__(self): return self.name
 

@@ -26,11 +26,11 @@ def _sentence(item, error):
     return f"{item} could not be worked on ({type(error).__name__}: {error}): leave it out"
 
 
-def _called(work, item, args):
-    "The result and None, or None and a sentence."
+def _answer(work, item, args):
+    "As JSON: the result and null, or null and a sentence."
     module, _, name = work.partition(":")
-    try: return getattr(import_module(module), name)(item, *args), None
-    except Exception as e: return None, _sentence(item, e)
+    try: return json.dumps((getattr(import_module(module), name)(item, *args), None))
+    except Exception as e: return json.dumps((None, _sentence(item, e)))
 
 
 def _serve():
@@ -42,7 +42,7 @@ def _serve():
     while True:
         try: item = pickle.load(requests)
         except EOFError: return
-        answers.write(f"{json.dumps(_called(work, item, args))}\n".encode())
+        answers.write(f"{_answer(work, item, args)}\n".encode())
         answers.flush()
 
 # %% ../nbs/00w_workers.ipynb #99122ec0
@@ -118,7 +118,7 @@ def in_processes(
 ) -> Iterator[tuple]:  # (place in `items`, result, None), or (place, None, sentence), in the order in which they are ready
     "Do the same work on every item, in processes of which any may die."
     if len(items) <= few:
-        for i, item in enumerate(items): yield i, *_called(work, item, args)
+        for i, item in enumerate(items): yield i, *json.loads(_answer(work, item, args))
         return
     workers, free = [_Worker(work, args) for _ in range(min(processes or cores(), len(items)))], SimpleQueue()
     for worker in workers: free.put(worker)
