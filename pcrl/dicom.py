@@ -10,6 +10,7 @@ __all__ = ['IMAGE', 'PLACE', 'VALUE', 'PIXELS', 'WHAT', 'RADIOGRAPHS', 'GDCM_SYN
 
 # %% ../nbs/00c_dicom.ipynb #62c49a8d
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 import re, tempfile, zlib
 import numpy as np
@@ -54,7 +55,7 @@ def is_dicom(
     return suffix not in (".raw", ".zraw") and bool(_BARE.match(head))                  # the voxels of an .mhd may begin in any way
 
 def dicom_files(
-    folder: Path,
+    folder: Path,  # the folders in it are left out
 ) -> list:  # of paths; links are left out
     "The DICOM files that lie in a folder itself."
     return [p for p in folder.iterdir() if not p.is_symlink() and p.is_file() and is_dicom(p)]
@@ -130,11 +131,11 @@ def _gdcm(header, path):
     frames = list(generate_frames(header.PixelData, number_of_frames=int(header.get("NumberOfFrames") or 1)))
     if any(_stream_shape(data) != (header.Rows, header.Columns, header.SamplesPerPixel) for data in frames):
         raise VolumeError(f"{path} has packed pixels of another size than its header says: it is damaged, get it again")
-    bare = Dataset({header[name].tag: header[name] for name in IMAGE if name in header})
+    bare = Dataset({header[name].tag: copy(header[name]) for name in IMAGE if name in header})
     bare.PixelData = encapsulate(frames)                                               # with lengths that are true
     bare.SOPClassUID, bare.SOPInstanceUID, bare.file_meta = uid.SecondaryCaptureImageStorage, "1.2.3", header.file_meta.__class__()
     bare.file_meta.TransferSyntaxUID = syntax
-    if bare.PhotometricInterpretation == "PALETTE COLOR": bare.PhotometricInterpretation = "MONOCHROME2"
+    if bare.PhotometricInterpretation in ("PALETTE COLOR", "MONOCHROME1"): bare.PhotometricInterpretation = "MONOCHROME2"
     with tempfile.TemporaryDirectory() as folder:
         dcmwrite(f"{folder}/pixels.dcm", bare, enforce_file_format=True)
         sitk.ProcessObject.SetGlobalWarningDisplay(False)
@@ -148,6 +149,8 @@ def _stored_frames(header, path):
     frames, samples = int(header.get("NumberOfFrames") or 1), header.SamplesPerPixel
     syntax, held = header.file_meta.TransferSyntaxUID, len(next((header[name].value for name in PIXELS if name in header), b""))
     check_size(path, (header.Columns, header.Rows, frames * samples), header.BitsAllocated / 8, None if syntax.is_encapsulated else held)
+    if "HighBit" in header and header.HighBit != header.BitsStored - 1:
+        raise VolumeError(f"{path} has a HighBit that is not BitsStored - 1, so it does not say which bits are its numbers: export it again")
     if syntax == RLELossless: array = pixel_array(header, raw=False, decoding_plugin="pydicom")
     else: array = _gdcm(header, path) if syntax.is_encapsulated else pixel_array(header, raw=False)
     return array.reshape(frames, header.Rows, header.Columns, *[3] * (samples == 3))

@@ -126,14 +126,19 @@ def open_picture(
         except Image.DecompressionBombError:
             raise VolumeError(f"{path} declares a size over the limit of {MAX_PIXELS:,} pixels: crop it") from None
         with image:
-            format, shape, mode, pages = image.format, image.size[::-1], image.mode, getattr(image, "n_frames", 1)
-            narrowed, lying = _narrowed(image, path), _orientation(image) in (5, 6, 7, 8)
+            format, shape, pages = image.format, image.size[::-1], getattr(image, "n_frames", 1)
+            dtype, narrowed, lying = _dtype(image), _narrowed(image, path), _orientation(image) in (5, 6, 7, 8)
     if pages > 1: raise VolumeError(f"{path} has {pages} pages: give one image a file")
     if narrowed: raise VolumeError(f"{path} has 16 bits, of which 8 would be lost beside colours or transparency: save it as 16-bit grey")
     held = None if format == "TIFF" else RATIO * path.stat().st_size                   # TIFF packs in many ways
     check_size(path, shape, 1 / 8, held)                                               # a pixel may be a bit
-    dtype = "uint16" if mode.startswith("I;16") else {"I": "int32", "F": "float32"}.get(mode, "uint8")
     return Stored(path, format, shape[::-1] if lying else shape, dtype, lambda: _load_picture(path))
+
+def _dtype(image):
+    "Of the stored numbers: Pillow has no type for signed bytes and for 32 bits without a sign, which a TIFF may have."
+    if image.mode.startswith("I;16"): return "uint16"
+    sample = image.tag_v2.get(339, (1,))[0] if image.format == "TIFF" else None        # SampleFormat: 1 without a sign, 2 with one
+    return {("L", 2): "int8", ("I", 1): "uint32"}.get((image.mode, sample)) or {"I": "int32", "F": "float32"}.get(image.mode, "uint8")
 
 def _is_grey(mode): return mode in ("L", "F", "I") or mode.startswith("I;16")
 
@@ -165,7 +170,7 @@ def _turned(image):
 def _load_picture(path):
     with _opened(path) as image:
         turned = _turned(image)
-        array = np.asarray(turned if _is_grey(turned.mode) else turned.convert("L")).astype(np.float32)
+        array = np.asarray(turned if _is_grey(turned.mode) else turned.convert("L")).astype(_dtype(image)).astype(np.float32)
         negative = image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(262) == 0
     return 65535 - array if negative else array
 

@@ -10,7 +10,7 @@ __all__ = ['META_TYPES', 'NRRD_TYPES', 'itk_affine', 'open_itk']
 # %% ../nbs/00b_metaimage.ipynb #4169bde3
 from dataclasses import dataclass
 from pathlib import Path
-import math, re
+import math, re, tempfile
 import numpy as np
 from .formats import RATIO, Stored, unpack
 from .geometry import LPS_TO_RAS, VolumeError, check_size
@@ -49,6 +49,7 @@ class _Layout:
     shape: list  # x, y, z
     channels: int = 1
     axis: int = 0  # where the channels are in the file, 0 is the fastest
+    kinds: str = ""  # of an NRRD: what each axis is
 
     @property
     def stored(self): return (*self.shape[:self.axis], self.channels, *self.shape[self.axis:])
@@ -56,6 +57,8 @@ class _Layout:
 # %% ../nbs/00b_metaimage.ipynb #6e2306f2
 META_TYPES = dict(MET_CHAR="i1", MET_UCHAR="u1", MET_SHORT="i2", MET_USHORT="u2", MET_INT="i4", MET_UINT="u4", MET_LONG="i4",
                   MET_ULONG="u4", MET_LONG_LONG="i8", MET_ULONG_LONG="u8", MET_FLOAT="f4", MET_DOUBLE="f8")
+
+def _true(value): return value.lower().startswith(("t", "1"))                            # as MetaIO takes it
 
 def _neighbour(path, name):
     "The file of voxels that an .mhd names."
@@ -68,7 +71,7 @@ def _neighbour(path, name):
 def _check_meta(fields, path):
     size, name = _numbers(fields, "DimSize", int, path), fields.get("ElementDataFile")
     if fields.get("NDims") != "3" or len(size) != 3: raise VolumeError(f"{path} has no 3D image in its header: give one with NDims = 3")
-    if name in (None, "LIST") or "%" in name or fields.get("BinaryData", "True").lower() != "true":
+    if name in (None, "LIST") or "%" in name or not _true(fields.get("BinaryData", "True")):
         raise VolumeError(f"{path} has its voxels as text or in many files: write it again as one .mha")
     if fields.get("ElementType") not in META_TYPES:
         raise VolumeError(f"{path} has an ElementType that is not supported: give one of {', '.join(META_TYPES)}")
@@ -78,7 +81,7 @@ def _check_meta(fields, path):
 def _meta_layout(path):
     fields, at = _fields(path, "=", lambda line: line.startswith("ElementDataFile"))
     _check_meta(fields, path)
-    true = lambda *keys: any(fields.get(key, "False").lower() == "true" for key in keys)
+    true = lambda *keys: any(_true(fields.get(key, "False")) for key in keys)
     first = lambda key, default: (_numbers(fields, key, int, path) or [default])[0]
     raw = path if fields["ElementDataFile"].upper() == "LOCAL" else _neighbour(path, fields["ElementDataFile"])
     skip = at if raw == path else first("HeaderSize", 0)
@@ -95,26 +98,27 @@ NRRD_TYPES = {"int8": "i1", "signed char": "i1", "uint8": "u1", "unsigned char":
 def _check_nrrd(fields, path):
     with open(path, "rb") as f: mark = f.read(4)
     if mark != b"NRRD": raise VolumeError(f"{path} is not NRRD, the mark is not in its header: get it again or give it its true suffix")
-    keys = {key.replace(" ", "").lower() for key in fields}
-    if keys & {"datafile", "byteskip", "lineskip"}:
+    if fields.keys() & {"datafile", "byteskip", "lineskip"}:
         raise VolumeError(f"{path} has its voxels elsewhere: write it again as one file")
     if fields.get("encoding") not in ("raw", "gzip", "gz"):
         raise VolumeError(f"{path} has an encoding that is not supported: write it again with gzip")
     if fields.get("type") not in NRRD_TYPES:
         raise VolumeError(f"{path} has a type that is not supported: give one of {', '.join(NRRD_TYPES)}")
-    if "spacings" in fields or not keys & {"spacings", "spacedirections"}:
+    if "spacings" in fields or "spacedirections" not in fields:
         _check_spacing([n for n in _numbers(fields, "spacings", float, path) if not math.isnan(n)], path)
 
 def _nrrd_layout(path):
-    fields, at = _fields(path, ":", lambda line: line == "")
+    fields, at = _fields(path, ": ", lambda line: line == "")
+    fields = {key.replace(" ", "").lower(): value.lower() for key, value in fields.items()}
     _check_nrrd(fields, path)
-    size, axes = _numbers(fields, "sizes", int, path), fields.get("space directions", fields.get("spacings", ""))
-    bare = [k for k, axis in enumerate(re.findall(r"\([^)]*\)|[^\s()]+", axes)) if axis.lower() in ("none", "nan")]
+    size, axes = _numbers(fields, "sizes", int, path), fields.get("spacedirections", fields.get("spacings", ""))
+    bare = [k for k, axis in enumerate(re.findall(r"\([^)]*\)|[^\s()]+", axes)) if axis in ("none", "nan")]
     if len(size) - len(bare) != 3 or len(bare) > 1:
         raise VolumeError(f"{path} has {len(size)} axes, {len(bare)} without a direction: give a 3D image")
+    kinds = " ".join("list" if k in bare else "domain" for k in range(len(size)))
     axis, channels = (bare[0], size.pop(bare[0])) if bare else (0, 1)
     dtype = np.dtype(NRRD_TYPES[fields["type"]]).newbyteorder(">" if fields.get("endian") == "big" else "<")
-    return _Layout(path, at, dtype, fields["encoding"] != "raw", size, channels, axis)
+    return _Layout(path, at, dtype, fields["encoding"] != "raw", size, channels, axis, kinds)
 
 # %% ../nbs/00b_metaimage.ipynb #7d674fa6
 def itk_affine(
@@ -139,9 +143,17 @@ def open_itk(
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
     reader.SetImageIO({"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}[format])       # which would not know its suffix in capitals
-    reader.SetFileName(str(path)); reader.ReadImageInformation()
+    with tempfile.TemporaryDirectory() as folder:
+        reader.SetFileName(str(_with_kinds(path, layout, folder) if layout.kinds else path)); reader.ReadImageInformation()
     load = lambda: _load_itk(path, layout)
     return Stored(path, format, tuple(layout.shape), layout.dtype.name, load, itk_affine(reader), layout.channels)
+
+def _with_kinds(path, layout, folder):
+    "A copy of an NRRD header, without voxels, that says of each axis what it is."
+    with open(path, "rb") as f: lines = re.sub(rb"(?im)^kinds:.*\n?", b"", f.read(layout.skip)).rstrip()
+    copy = Path(folder, path.name)
+    copy.write_bytes(lines + f"\nkinds: {layout.kinds}\n\n".encode())
+    return copy
 
 def _load_itk(path, layout):
     count = math.prod(layout.stored) * layout.dtype.itemsize

@@ -149,7 +149,7 @@ def open_dicom(
 @dataclass(frozen=True)
 class DicomSeries:
     "One of several DICOM series in a folder, for `read_volume`; printed as `folder (series 2 of 3)`."
-    folder: Path
+    folder: Path  # that holds it
     number: int  # from 1, in the order of their files' names
     count: int  # of series in the folder
     files: tuple = field(repr=False)  # paths of its slices
@@ -158,15 +158,17 @@ class DicomSeries:
 
 def _by_series(files):
     "Radiographs, files of frames, slices of each series with their headers, and what cannot be read."
-    pictures, frames, series, unreadable = [], [], defaultdict(dict), []
+    pictures, frames, series, placed, unreadable = {}, [], defaultdict(dict), set(), []
     for path in sorted(files):
         try:
             header = dicom_header(path)
-            with discreet(path): kind, uid = dicom_kind(header), str(header.get("SeriesInstanceUID", ""))
+            with discreet(path): kind, own = dicom_kind(header), tuple(str(header.get(f"{of}UID", "")) for of in ("SeriesInstance", "SOPClass"))
         except VolumeError as e: unreadable.append((path, str(e))); continue
-        if kind == "slice": series[uid][path] = header
-        elif kind: (pictures if kind == "picture" else frames).append(path)
-    return pictures, frames, list(series.values()), unreadable
+        if kind == "slice": series[own[0]][path] = header; placed.add(own)
+        elif kind == "picture": pictures[path] = own
+        elif kind: frames.append(path)
+    for path in [p for p, own in pictures.items() if own in placed]: series[pictures.pop(path)[0]][path] = dicom_header(path)
+    return list(pictures), frames, list(series.values()), unreadable
 
 # %% ../nbs/00d_series.ipynb #0d101157
 def dicom_sources(
@@ -179,6 +181,13 @@ def dicom_sources(
     return pictures, frames + ([folder] if len(series) == 1 else stacks), unreadable
 
 # %% ../nbs/00d_series.ipynb #71856458
+def _once(headers, planes):
+    "The files without copies: those of one number and place whose voxels are the same."
+    alike = defaultdict(list)
+    for path, plane in planes.items(): alike[str(headers[path].get("SOPInstanceUID")), plane.tobytes()].append(path)
+    return [path for same in alike.values()
+            for path in (same if len(same) == 1 else {dicom_frames(p).tobytes(): p for p in same}.values())]
+
 def open_series(
     source: Path|DicomSeries,  # a folder with one series, or one of several
 ) -> Stored:
@@ -192,6 +201,6 @@ def open_series(
     with discreet(source):
         for path, header in series[0].items(): _check_declared(header, path)
         planes = {path: _planes(header, path) for path, header in series[0].items()}
-        once = {(str(series[0][path].get("SOPInstanceUID")), str(plane)): path for path, plane in planes.items()}.values()
+        once = _once(series[0], planes)
         return _open_stack(source, [series[0][path] for path in once], np.concatenate([planes[path] for path in once]),
                            lambda: np.concatenate([dicom_frames(path) for path in once]))
