@@ -24,7 +24,7 @@ from .datasets import Cases, adrenal_cases, hippocampus_cases, nih_cases
 from .finetune import evaluate_classification, finetune
 from .predict import load_model
 from .pretrain import recipe_learner
-from .probes import centre_resized, encoder_features, pixel_features, probe_table
+from .probes import centre_resized, encoder_features, linear_probe, pixel_features, probe_table
 from .recipes import Recipe, at_size, get_recipe
 from .runs import load_unet, resume, write_whole
 from .schedules import SCHEDULES
@@ -181,6 +181,12 @@ def add(self: Results,
     return dict(zip(found.metric, found.value))
 
 # %% ../nbs/15_ablations.ipynb #7db0181f
+def _random_features(dims, width, seed):
+    "What an encoder tells that was never trained."
+    torch.manual_seed(seed)
+    return encoder_features(UNet(dims, width=width).encoder)
+
+
 def table1(
     results: Results,
     trial: Trial,
@@ -198,17 +204,14 @@ def table1(
             start, table = time.perf_counter(), probe_table(dict(_=features()), *parts, side=patch)
             return {f"{task} accuracy": a for task, a in zip(table.task, table.accuracy)}, time.perf_counter() - start
         results.add(probe, data=cases.name, split="all", ratio=1.0, **key)
-    def random_weights(seed):
-        torch.manual_seed(seed)
-        return encoder_features(UNet(cases.dims, width=trial.width).encoder)
     trained = lambda *key: encoder_features(load_unet(pretrained_arm(cases, trial, runs, *key)[0]).encoder)
     add(lambda: pixel_features, method="pixels", recipe="none", seed=0)
     for seed in seeds:
-        add(partial(random_weights, seed), method="random weights", recipe="none", seed=seed)
+        add(partial(_random_features, cases.dims, trial.width, seed), method="random weights", recipe="none", seed=seed)
         for recipe, method in product(recipes, methods or arms(cases.dims)):
             add(partial(trained, method, recipe, seed), method=method, recipe=_name(recipe), seed=seed)
 
-# %% ../nbs/15_ablations.ipynb #5ec2f5db
+# %% ../nbs/15_ablations.ipynb #5ec2f5da
 def labelled_ratio(
     cases: Cases,
     labelled: int,  # train cases
@@ -226,6 +229,20 @@ def different_draws(
     return draws if labelled < cases.split.count("train") else draws[:1]
 
 
+def _untrained_arms(results, trial, cases, seeds, draws):
+    "Tell labels from pixels and from random features."
+    images = lambda part: centre_resized(part.images, min(cases.images[0].shape[1:]))
+    valid, test = ((images(part), part.targets) for part in map(cases.part, ("valid", "test")))
+    def tell(features, labelled, draw):
+        start, of, few = time.perf_counter(), features(), cases.take_labelled(labelled, seed=draw).part("train")
+        auc = linear_probe(*((of(x), y) for x, y in ((images(few), few.targets), valid, test)))
+        return dict(auc=auc), time.perf_counter() - start
+    kinds = [("pixels", 0, lambda: pixel_features), *(("random weights", seed, partial(_random_features, cases.dims, trial.width, seed)) for seed in seeds)]
+    for (method, seed, features), labelled in product(kinds, trial.labelled):
+        for draw in different_draws(cases, labelled, draws):
+            results.add(partial(tell, features, labelled, draw), data=cases.name, split=str(draw), ratio=labelled_ratio(cases, labelled), method=method, recipe="none", seed=seed)
+
+# %% ../nbs/15_ablations.ipynb #5ec2f5db
 def _tune_arm(results, trial, cases, method, recipe, seed, first, init, draws):
     "Finetune and test an arm with a seed, with all draws and numbers of labels; learning rate and schedule are those of the `first` seed. `init` gives a seed's run."
     key, middle = dict(data=cases.name, method=method, recipe=recipe), trial.labelled[len(trial.labelled) // 2]
@@ -255,9 +272,10 @@ def table2(
     draws: Sequence[int] = (0, 1, 2),  # of the labelled cases
     methods: Sequence[str] | None = None,  # of `arms`; None: all
 ):
-    "Finetune every arm and scratch on few labels, and test."
+    "Finetune every arm and scratch on few labels, and test; labels also without training."
     @cache
     def pretrained(method, recipe, seed): return pretrained_arm(cases, trial, runs, method, recipe, seed)[0]
+    if cases.task == "classify": _untrained_arms(results, trial, cases, seeds, draws)
     for seed in seeds:
         _tune_arm(results, trial, cases, "scratch", "none", seed, seeds[0], lambda seed: None, draws)
         for recipe, method in product(recipes, methods or arms(cases.dims)):
