@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 import numpy as np
 from .cases import Cases
+from .files import read_mask
 from .intensities import centre3d
 from .sources import read_table
 from .volumes import percentile_window, read_volume, resize2d, to_uint8
@@ -86,9 +87,9 @@ def hippocampus_cases(
 ) -> Cases:  # task "segment": 1 anterior, 2 posterior; shapes differ from case to case
     "Hippocampus segmentation, part of the Decathlon's Task04: each volume a patient of its own."
     table = _table(Path(root) / "splits.csv")
-    read = lambda folder, case: read_volume(Path(root) / folder / f"{case}.nii.gz").array
-    images = [_pad_to(to_uint8(percentile_window(read("imagesTr", case))), 32)[None] for case in table.case]
-    masks = [_pad_to(read("labelsTr", case).astype(np.uint8), 32) for case in table.case]
+    scans, drawn = ([Path(root) / folder / f"{case}.nii.gz" for case in table.case] for folder in ("imagesTr", "labelsTr"))
+    images = [_pad_to(to_uint8(percentile_window(read_volume(scan).array)), 32)[None] for scan in scans]
+    masks = [_pad_to(read_mask(pair), 32) for pair in zip(drawn, scans)]
     return Cases("hippocampus", 3, "segment", images, masks, ["anterior", "posterior"], table.case.tolist(),
                  table.split.replace("val", "valid").tolist(), note=f"{len(table)} patients of one centre; a part of the Decathlon's Task04")
 

@@ -9,11 +9,13 @@ __all__ = ['MASKS', 'folder_table', 'folder_cases']
 
 # %% ../nbs/02a_folders.ipynb #f01de003
 import os, warnings
+from collections import Counter
 from pathlib import Path
 import numpy as np, pandas as pd
 from .cases import Cases, split_by_patient
 from .dicom import dicom_header, dicom_kind, discreet, is_dicom
 from .files import CacheError, OnDisk, read_image, read_mask
+from .sources import _files_of, source_hash
 from .store import labels_table
 from .volumes import READERS, WRITERS, VolumeError, find_images, link_away
 from .workers import FEW, in_processes
@@ -36,13 +38,12 @@ def _reasons(names, skipped):
 
 # %% ../nbs/02a_folders.ipynb #4b2b8e34
 def _own_table(path):
-    "labels.csv, with the part val called valid."
+    "labels.csv, with every row complete."
     table = labels_table(path)
     if not len(table): raise ValueError(f"{path} has no row: name there each file below images/")
     if "patient" in table and table.patient.isna().any():
         raise ValueError(f"{path} names no patient for {table.image[table.patient.isna()].iloc[0]}: fill the column, or leave it out")
     if "split" not in table: return table
-    table["split"] = table.split.replace("val", "valid")
     if odd := set(table.split) - {"train", "valid", "test"}: raise ValueError(f"{path} has the split {sorted(map(str, odd))[0]!r}: use train, valid and test")
     return table
 
@@ -58,11 +59,53 @@ def _patient_id(source):
                 if not folder or dicom_kind(header) == "slice": return str(header.get("PatientID") or "") or None
         except VolumeError: pass
 
+# %% ../nbs/02a_folders.ipynb #2018f111
+def _sizes(source): return tuple(p.stat().st_size for p in _files_of(source))
+
+def _middle(source):
+    "A few bytes from the middle of a source's last file."
+    with open(path := _files_of(source)[-1], "rb") as f:
+        f.seek(path.stat().st_size // 2)
+        return f.read(4096)
+
+def _copies(sources):
+    "A hash for each source whose bytes are another's too, by name."
+    for sign in (_sizes, _middle, source_hash):
+        signs = {}
+        for name, source in sources.items():
+            try: signs[name] = sign(source)
+            except OSError: pass                                                         # what cannot be opened is told of by whoever reads it
+        often = Counter(signs.values())
+        sources = {name: source for name, source in sources.items() if often[signs.get(name)] > 1}
+    return {name: signs[name] for name in sources}
+
+# %% ../nbs/02a_folders.ipynb #2018f113
+def _ids(sources):
+    "What tells the person of an image: the id in its header, or a hash that it shares with its copies; images of which neither is known have none."
+    named = {name: who for name, source in sources.items() if (who := _patient_id(source))}
+    return named | _copies({name: source for name, source in sources.items() if name not in named})
+
 def _persons(names, sources):
-    "For each image one that stands for its person: the first, by name, with the same PatientID."
-    ids = {name: _patient_id(sources[name]) if name in sources else None for name in names}
+    "For each image one that stands for its person: the first, by name, with the same id."
+    ids = _ids({name: sources[name] for name in names if name in sources})
     first = {who: name for name, who in sorted(ids.items(), reverse=True)}
-    return [first[ids[name]] if ids[name] else name for name in names]
+    return [first[ids[name]] if name in ids else name for name in names]
+
+# %% ../nbs/02a_folders.ipynb #1cf8ea75
+def _ask_for_patients(root, names, sources):
+    "Say that every image counts as a patient, where folders look like patients' and no header names one."
+    folders = pd.Series([str(Path(name).parent) for name in names if Path(name).parent != Path(".")], dtype=str).value_counts()
+    if len(folders) > 1 and (several := int((folders > 1).sum())) and not any(map(_patient_id, sources.values())):
+        warnings.warn(f"{root} names no patients, so that each image counts as one, and {several} folders hold several images: "
+                      "if these are of one patient each, say so in a column patient of labels.csv")
+
+# %% ../nbs/02a_folders.ipynb #1cf8ea78
+def _unlisted(table, names, sources, skipped, images):
+    "Rows for images that labels.csv does not name: train cases, but for those of a patient, by their headers or as copies, who is in it."
+    ids = _ids(sources)
+    known = {ids[row.image]: (row.person, row.split) for row in table.itertuples() if row.image in ids}
+    persons, parts = zip(*(known.get(ids.get(n), (own, "train")) for n, own in zip(names, _persons(names, sources))))
+    return pd.DataFrame(dict(image=names, source=[sources.get(n, images / n) for n in names], reason=[skipped.get(n) for n in names], person=persons, split=parts))
 
 # %% ../nbs/02a_folders.ipynb #1cf8ea74
 def folder_table(
@@ -71,7 +114,7 @@ def folder_table(
     seed: int = 0,  # of the split, where the table has none
     unlisted: bool = False,  # also images that labels.csv does not name, or that have no mask, as train cases: pretraining asks for no label
 ) -> pd.DataFrame:  # columns image, source for `read_volume`, reason why it cannot be used or None, person, split, and what else labels.csv has
-    """What is in the folder; no pixel is read.
+    """What is in the folder; no image is decoded.
 
     Raises ValueError or VolumeError if the table does not fit the files."""
     images, path = Path(root) / "images", Path(root) / "labels.csv"
@@ -83,7 +126,7 @@ def folder_table(
         raise ValueError(f"{path} names {missing[0]}, which is not below {images} ({len(missing)} such in all): mend the name, or give other dims")
     table = table.assign(image=names, source=[sources.get(n, images / n) for n in names], reason=reasons)
     table["person"] = table.patient if "patient" in table else _persons(names, sources)
-    if "patient" not in table: _ask_for_patients(root, table.person)
+    if "patient" not in table: _ask_for_patients(root, names, sources)
     if "split" in table: table = _uncrossed(path, table)
     else:
         labels = _own_labels(path, table)[0] if _label_names(table) and not (Path(root) / "masks").is_dir() else None
@@ -91,29 +134,13 @@ def folder_table(
     more = sorted({*sources, *skipped} - set(table.image)) if unlisted else []
     return pd.concat([table, _unlisted(table, more, sources, skipped, images)], ignore_index=True) if more else table
 
-
-def _unlisted(table, names, sources, skipped, images):
-    "Rows for images that labels.csv does not name: train cases, but for those of a patient, by their headers, who is in it."
-    id_of = lambda name: _patient_id(sources[name]) if name in sources else None
-    known = {id_of(row.image): (row.person, row.split) for row in table.itertuples()}
-    persons, parts = zip(*(known.get(id_of(n) or n, (own, "train")) for n, own in zip(names, _persons(names, sources))))
-    return pd.DataFrame(dict(image=names, source=[sources.get(n, images / n) for n in names], reason=[skipped.get(n) for n in names], person=persons, split=parts))
-
-
-def _ask_for_patients(root, persons):
-    "Say that every image counts as a patient, where folders look like patients'."
-    folders = pd.Series([str(Path(p).parent) for p in persons if Path(p).parent != Path(".")], dtype=str).value_counts()
-    if persons.is_unique and len(folders) > 1 and (several := int((folders > 1).sum())):
-        warnings.warn(f"{root} names no patients, so that each image counts as one, and {several} folders hold several images: "
-                      "if these are of one patient each, say so in a column patient of labels.csv")
-
 # %% ../nbs/02a_folders.ipynb #5e1f0b02
 def _uncrossed(path, table):
     "The table, unless one person is in two parts of its split, who is called by an image."
     crossing = table[table.groupby("person").split.transform("nunique") > 1]
     if not len(crossing): return table
     image, parts = crossing.image.iloc[0], crossing.split[crossing.person == crossing.person.iloc[0]].unique()
-    doubt = "" if "patient" in table else ", or fill the column patient if the ids in the headers are not to be trusted"
+    doubt = "" if "patient" in table else ", or fill the column patient if neither ids in headers nor copies of a file are to be trusted"
     raise ValueError(f"{path} puts the patient of {image} in {' and '.join(parts)}: give each patient one part{doubt}")
 
 # %% ../nbs/02a_folders.ipynb #557fadbf

@@ -37,7 +37,7 @@ class Layout:
     open: Callable  # (root, a namespace of the other arguments of `open_cases`) to `Cases`
     arrays: bool = False  # whether it is one file of arrays, 0 to 255, that are learned from as they are
 
-def _has(*patterns): return lambda root: root.is_dir() and all(next(root.glob(p), None) for p in patterns)
+def _has(*patterns): return lambda root: root.is_dir() and all(any(p.name[0] != "." for p in root.glob(pattern)) for pattern in patterns)
 def _is_task(root): return (root / "dataset.json").is_file() and '"training"' in (root / "dataset.json").read_text(errors="replace")
 def _is_brats(root): return any(_has(f"**/*{seg}.nii*", f"**/*{t1}.nii*")(root) for seg, t1 in (("_seg", "_t1ce"), ("-seg", "-t1c")))
 def _is_own(root): return (root / "images").is_dir() and ((root / "masks").is_dir() or (root / "labels.csv").is_file())
@@ -126,9 +126,8 @@ def prepare_cases(
     return replace(readable, unlabelled=None, unlabelled_valid=None), skipped
 
 # %% ../nbs/02f_layouts.ipynb #27ac703d
-def _listed(root, dims, seed):
+def _listed(root, layout, dims, seed):
     "A set's name, of each image its source (one, or a tuple of channels), name and facts, and why some sources cannot be used; without reading an image."
-    layout = find_layout(root)
     _check_dims(root, layout, dims)
     if layout is LAYOUTS[0]:
         table = folder_table(root, dims, seed, unlisted=True)
@@ -151,11 +150,12 @@ def pretraining_sources(
     """The images that pretraining may see, and whose they are.
 
     Raises ValueError, VolumeError or FileNotFoundError, one sentence, where the folder does not hold what it should."""
-    if find_layout(root) is None:
+    layout = find_layout(root)
+    if layout is None:
         if split is not None:
             raise ValueError(f"{root} is a plain folder, to which a split does not apply: give it images/ and labels.csv, see the page folders")
         return root, None
-    name, rows, skipped = _listed(root, dims, seed)
+    name, rows, skipped = _listed(root, layout, dims, seed)
     if split is not None:
         made, table = read_split(split)
         if made["set"] != name: raise ValueError(f"{split} is a split of {made['set']}: {root} is {name}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .cases import Cases
 from .files import OnDisk, read_image
-from .sources import read_table
+from .radiographs import _columns
 from .volumes import VolumeError, read_header, to_uint8, window as apply_window
 
 # %% ../nbs/02e_luna16.ipynb #6165fa3f
@@ -23,7 +23,7 @@ _PART = dict(enumerate(["train"] * 5 + ["valid"] * 2 + ["test"] * 3))  # of a su
 def _scans(root):
     "Series id to (subset, path), ordered by subset."
     below = lambda p: p.parent.relative_to(root).as_posix()
-    found = {p.stem: (int(m[1]), p) for p in Path(root).rglob("*.mhd") if (m := re.search(r"subset(\d)", below(p)))}
+    found = {p.stem: (int(m[1]), p) for p in Path(root).rglob("[!.]*.mhd") if (m := re.search(r"subset(\d)", below(p)))}
     if not found: raise FileNotFoundError(f"{root} has no subset0/*.mhd to subset9/*.mhd: give the folder with the subsets of LUNA16")
     return dict(sorted(found.items(), key=lambda item: (item[1][0], item[0])))
 
@@ -42,11 +42,12 @@ def luna16_cases(
 
 # %% ../nbs/02e_luna16.ipynb #48849012
 def _box_in_file(reader, point, half):
-    "The file's voxels, (first, number) per axis, that a box of `half` extents (mm, x y z) around a world point can touch."
+    "The file's voxels, (first, number) per axis, that a box of `half` extents (mm, x y z) around a world point can touch; None if the point is outside of the file."
     to_index = np.linalg.inv(np.reshape(reader.GetDirection(), (3, 3)) * reader.GetSpacing())
-    centre, reach = to_index @ np.subtract(point, reader.GetOrigin()), np.abs(to_index) @ half + 1
+    centre, reach, shape = to_index @ np.subtract(point, reader.GetOrigin()), np.abs(to_index) @ half + 1, np.array(reader.GetSize())
+    if (np.abs(centre - (shape - 1) / 2) > shape / 2).any(): return None
     first = np.maximum(np.floor(centre - reach), 0).astype(int)
-    return first, np.minimum(np.ceil(centre + reach) + 1, reader.GetSize()).astype(int) - first
+    return first, np.minimum(np.ceil(centre + reach) + 1, shape).astype(int) - first
 
 # %% ../nbs/02e_luna16.ipynb #b4ecb939
 def read_crop(
@@ -63,9 +64,9 @@ def read_crop(
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        first, number = _box_in_file(reader, point, size * spacing / 2)
-        if (number <= 0).any():
-            raise VolumeError(f"{path} does not reach the place {tuple(map(float, point))} mm: is the table of another data set?")
+        box = _box_in_file(reader, point, size * spacing / 2)
+        if box is None: raise VolumeError(f"{path} does not reach the place {tuple(map(float, point))} mm: is the table of another data set?")
+        first, number = box
         reader.SetExtractIndex(first.tolist()); reader.SetExtractSize(number.tolist())
         image = reader.Execute()
     except RuntimeError: raise VolumeError(f"{path} cannot be read: is its .raw file beside it, and whole? unpack the subset again") from None
@@ -78,9 +79,7 @@ def read_crop(
 # %% ../nbs/02e_luna16.ipynb #f50f0b22
 def _places(path, scans, *more):
     "A table of places, with the columns `more`, whose scans are here; with the columns subset and path."
-    table = read_table(path)
-    if missing := [c for c in ("seriesuid", "coordX", "coordY", "coordZ", *more) if c not in table]:
-        raise ValueError(f"{path} has no column {missing[0]!r}: it is not a table of LUNA16")
+    table = _columns(path, ("seriesuid", "coordX", "coordY", "coordZ", *more))
     table = table.assign(row=range(len(table)))[table.seriesuid.isin(scans)]
     if not len(table): raise ValueError(f"{path} names none of the {len(scans)} scans that are here: unpack the subset that it belongs to")
     return table.assign(subset=[scans[uid][0] for uid in table.seriesuid], path=[scans[uid][1] for uid in table.seriesuid])

@@ -83,7 +83,7 @@ def brats_cases(
     cache=None,  # folder in which prepared volumes are kept; None: files are read anew each time
 ) -> Cases:  # task "segment", four channels: 1 oedema, 2 necrosis and non-enhancing, 3 enhancing
     """BraTS in the layouts of 2018 to 2021 and of 2023. Raises FileNotFoundError or ValueError where the folder is in none of them."""
-    masks = sorted(p for mark in "_-" for p in Path(root).rglob(f"*{mark}seg.nii*"))
+    masks = sorted(p for mark in "_-" for p in Path(root).rglob(f"[!.]*{mark}seg.nii*"))
     if not masks:
         raise FileNotFoundError(f"{root} has no file that ends in _seg.nii.gz or -seg.nii.gz: give the folder with the training cases of BraTS")
     marks = {p.name[-len("seg.nii.gz") - 1] if p.name.endswith(".gz") else p.name[-len("seg.nii") - 1] for p in masks}

@@ -91,12 +91,12 @@ def _ask(
         return None, f"{item} {fault}: it is damaged or too large, get it again or leave it out"
     finally: impatient.cancel()
 
-# %% ../nbs/00w_workers.ipynb #abbc81a8
+# %% ../nbs/00w_workers.ipynb #019b65c0
 def cores() -> int:
     "How many cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-
+# %% ../nbs/00w_workers.ipynb #019b65c3
 def children() -> set[int]:
     "The processes that this one has started, on Linux; a thread that ends meanwhile leaves its own to another."
     started = set()
@@ -104,14 +104,14 @@ def children() -> set[int]:
         with suppress(FileNotFoundError, ProcessLookupError): started.update(map(int, (thread / "children").read_text().split()))
     return started
 
-
+# %% ../nbs/00w_workers.ipynb #abbc81a8
 FEW = 50  # items for which it is not worth while to start processes
 
 
 def in_processes(
     work: str,  # "module:function", called with an item and `args`; what it returns must fit JSON, and tuples come back as lists
     items: Sequence,  # each of which can be pickled
-    args: tuple = (),
+    args: tuple = (),  # what `work` is called with after the item
     processes: int|None = None,  # None: one for each core
     patience: float = PATIENCE,  # seconds for an item, after which its process is ended
     few: int = 0,  # up to so many items are worked on in this process, which none may end then
