@@ -18,12 +18,14 @@ from .report import figure_html, p_value, paired_interval, paragraph, table_html
 
 # %% ../nbs/18c_reproduce.ipynb #3faa4809
 def _outcome(
-    pairs: dict[str, float],  # low and high, from `paired_interval`
-    seeds: dict[str, float],  # likewise
-) -> str:
-    "What two intervals of one difference say together."
-    above, below = (tuple(test(d) for d in (pairs, seeds)) for test in (lambda d: d["low"] > 0, lambda d: d["high"] < 0))
-    return "wins" if all(above) else "loses" if all(below) else "leads" if above[0] else "trails" if below[0] else "ties"
+    both: pd.DataFrame,  # columns method and baseline, by seed and split
+) -> tuple[dict[str, dict[str, float]], str]:  # `paired_interval` over pairs, seeds and draws, and the word
+    "What the intervals of one difference say together."
+    over = {"": both, "seeds": both.groupby("seed").mean(), "draws": both.groupby("split").mean()}
+    tests = {name: paired_interval(v.method, v.baseline) for name, v in over.items()}
+    asked = [d for name, d in tests.items() if name != "draws" or len(over["draws"]) > 1]
+    above, below = [d["low"] > 0 for d in asked], [d["high"] < 0 for d in asked]
+    return tests, "wins" if all(above) else "loses" if all(below) else "leads" if above[0] else "trails" if below[0] else "ties"
 
 
 def compare(
@@ -31,17 +33,18 @@ def compare(
     baseline: str,  # method
     method: str = "pcrl",
     recipe: str = "robust",  # of both, or of `method` where the baseline has none
-) -> pd.DataFrame:  # a row for each set and ratio: pairs, means, difference, low, high (95 %), p; seeds, seeds_low, seeds_high, seeds_p; outcome
-    "Method against baseline, over pairs of runs and over seeds."
+) -> pd.DataFrame:  # a row for each set and ratio: pairs, means, difference, low, high (95 %), p; the same with seeds_ and draws_; outcome
+    "Method against baseline, over pairs of runs, over seeds and over draws."
     main, rows = table[table.metric.isin(["auc", "dice"])], []
     for (data, ratio), part in main.groupby(["data", "ratio"], sort=False):
         of = lambda name: part[(part.method == name) & part.recipe.isin([recipe, "none"])].set_index(["seed", "split"]).value
         both = pd.concat([of(method), of(baseline)], axis=1, keys=["method", "baseline"], join="inner")
         if len(both) < 2: continue
-        each = both.groupby("seed").mean()
-        d, s = (paired_interval(v.method, v.baseline) for v in (both, each))
+        tests, outcome = _outcome(both)
+        intervals = {f"{over}_{k}".lstrip("_"): d[k] for over, d in tests.items() for k in ("low", "high", "p")}
+        sizes = {name: len(both.index.unique(level)) for name, level in (("seeds", "seed"), ("draws", "split"))}
         rows.append(dict(data=data, ratio=ratio, method=method, baseline=baseline, recipe=recipe, pairs=len(both), mean=both.method.mean(), baseline_mean=both.baseline.mean(),
-                         difference=d["mean"], low=d["low"], high=d["high"], p=d["p"], seeds=len(each), seeds_low=s["low"], seeds_high=s["high"], seeds_p=s["p"], outcome=_outcome(d, s)))
+                         difference=tests[""]["mean"], **intervals, **sizes, outcome=outcome))
     return pd.DataFrame(rows)
 
 # %% ../nbs/18c_reproduce.ipynb #3faa4810
@@ -51,7 +54,7 @@ def outcome_sentence(
     "Where a method wins, leads, ties, trails and loses, in plain words."
     if not len(compared): return "There are no pairs to compare yet."
     first = compared.iloc[0]
-    each = lambda part: ", ".join(f"{r.data} at {_share(r.ratio)} {r.difference:+.3f}, p {p_value(r.p)} over {r.pairs} pairs and {p_value(r.seeds_p)} over {r.seeds} seeds" for r in part.itertuples())
+    each = lambda part: ", ".join(f"{r.data} at {_share(r.ratio)} {r.difference:+.3f}, p {p_value(r.p)} over {r.pairs} pairs, {p_value(r.seeds_p)} over {r.seeds} seeds, {p_value(r.draws_p)} over {r.draws} draws" for r in part.itertuples())
     parts = {word: compared[compared.outcome == word] for word in ("wins", "leads", "ties", "trails", "loses")}
     said = [f"{word} {len(part)} of {len(compared)} ({each(part)})" for word, part in parts.items() if len(part)]
     return f"{first.method} ({first.recipe}) against {first.baseline}: {'; '.join(said)}."
@@ -73,7 +76,7 @@ def ablations_figure(
         rows = part[part.data == data]
         for i, method in enumerate(methods):  # of one colour in all panels
             spread = rows[rows.method == method].groupby("ratio").value.agg(["mean", "std"]).fillna(0)
-            ax.errorbar(spread.index * 1.02 ** i, spread["mean"], spread["std"], marker="o", ms=4, lw=1, capsize=2, color=f"C{i}", label=method)
+            ax.errorbar(spread.index * 1.02 ** i, spread["mean"], spread["std"], marker="os"[i // 10], ls=("-", "--")[i // 10], ms=4, lw=1, capsize=2, color=f"C{i % 10}", label=method)
         ax.set(xscale="log", title=data, xlabel="share of the train cases with labels", ylabel=rows.metric.iloc[0]); ax.grid(lw=0.3)
         ax.set_xticks(ratios := sorted(rows.ratio.unique()), [_share(r) for r in ratios]); ax.minorticks_off()
     fig.axes[0].legend(fontsize=7) if len(sets) else None
@@ -95,7 +98,7 @@ def _shown(compared: pd.DataFrame) -> pd.DataFrame:
     one = compared.iloc[0]
     row = lambda r: {"data": r.data, "labelled": _share(r.ratio), "pairs": r.pairs, one.method: f"{r.mean:.3f}", one.baseline: f"{r.baseline_mean:.3f}",
                      "difference": f"{r.difference:+.3f}", "95 %": _interval(r.low, r.high), "p": p_value(r.p),
-                     "seeds": r.seeds, "95 % over seeds": _interval(r.seeds_low, r.seeds_high), "p over seeds": p_value(r.seeds_p), "outcome": r.outcome}
+                     "seeds": r.seeds, "95 % over seeds": _interval(r.seeds_low, r.seeds_high), "p over seeds": p_value(r.seeds_p), "draws": r.draws, "p over draws": p_value(r.draws_p), "outcome": r.outcome}
     return pd.DataFrame(list(map(row, compared.itertuples())))
 
 

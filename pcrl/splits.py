@@ -8,13 +8,14 @@ Docs: https://pcrl-team.github.io/pcrl/splits.html.md"""
 __all__ = ['RATIOS', 'by_ratio', 'split_id', 'write_split', 'read_split', 'use_split', 'make_split']
 
 # %% ../nbs/01d_splits.ipynb #ee67725d
-import hashlib, json, os
+import hashlib, json
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 import pandas as pd
 from .cases import Cases
 from .sources import printable
+from .store import put_in_place
 
 # %% ../nbs/01d_splits.ipynb #52aa01d1
 RATIOS = {"9.5:0.5": 0.05, "9:1": 0.1, "8:2": 0.2, "7:3": 0.3, "6:4": 0.4}  # unlabelled:labelled to the labelled share
@@ -55,11 +56,7 @@ def write_split(
     path, rows = Path(path), _rows(cases)
     if not path.parent.is_dir(): raise FileNotFoundError(f"{path.parent}, the folder for {path.name}, does not exist: make it first")
     facts = {"set": cases.name, "made": made, "seed": seed, "cases": len(cases), "sha256": _sum(rows)}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(f"# {json.dumps(facts)}\n{rows}", encoding="utf-8", newline="\n")
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    put_in_place(path, lambda part: part.write_text(f"# {json.dumps(facts)}\n{rows}", encoding="utf-8", newline="\n"))
     return split_id(cases)
 
 # %% ../nbs/01d_splits.ipynb #d4e79ed9
