@@ -179,6 +179,7 @@ class InMinutes(Callback):
         self.dls.valid.n = min(self.dls.valid.n, max(self.dls.valid.bs, int(VALID * self.dls.train.n)))
 
     def before_epoch(self):
+        self.trained = False  # a run that goes on skips what it has
         if self.epoch == 0: self.learn.n_epoch = self.planned
 
     def run_state(self): return dict(spent=time.perf_counter() - self.start)
@@ -186,9 +187,10 @@ class InMinutes(Callback):
 
     def before_train(self):
         if self.goes_on: self._fit_in(self.epoch)  # which may be all that there will be
-        self.goes_on = False
+        self.goes_on, self.trained = False, True
 
-    def after_epoch(self): self._fit_in(self.epoch + 1)
+    def after_epoch(self):
+        if self.trained: self._fit_in(self.epoch + 1)
 
     def _fit_in(self, done: int):
         "So many epochs are done: choose how many there will be, and end the run if these are all."
