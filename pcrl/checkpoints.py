@@ -192,11 +192,15 @@ class Checkpoints(Callback):
         if self.training and self._due(batch) or self.stopped_by: self.keep(self.epoch, batch, now(self.dls))
         if self.stopped_by: self._stop()
 
-    def after_cancel_fit(self):
-        if self.behind == self.epoch + 1: self.keep(self.behind, 0, random_state(self.dls))  # early stopping ends a fit so
+    def after_cancel_fit(self): self._catch_up()  # early stopping ends a fit so
 
     def after_epoch(self):
-        if self.stopped_by and self.epoch + 1 < self.n_epoch: self._stop()
+        if not self.stopped_by or self.epoch + 1 == self.n_epoch: return
+        self._catch_up()
+        self._stop()
+
+    def _catch_up(self):
+        if self.behind == self.epoch + 1: self.keep(self.behind, 0, random_state(self.dls))
 
     def _stop(self):
         words = f"the last checkpoint stands ({self._standing()})" if self.unsaved else "all is saved"
@@ -323,20 +327,21 @@ def restore(
 # %% ../nbs/08d_checkpoints.ipynb #d455e817
 class StopOnSignal(Callback):
     "For the time of a fit, let SIGTERM and Ctrl-C stop a run with `Checkpoints` after the step."
+    order = 70  # when its last file is written
     def before_fit(self):
-        self.process = os.getpid()
+        self.process, self.noted = os.getpid(), None
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def after_fit(self):
         for number, handler in self.before.items(): signal.signal(number, handler)
+        if self.noted: signal.raise_signal(self.noted)  # too late to stop this fit, but not what comes after it
 
     def _note(self, number: int, _frame):
         if os.getpid() != self.process:  # a worker
             if number == signal.SIGTERM: os._exit(128 + number)
             return
-        if self.learn is None:  # an error ended the fit, and then fastai calls no `after_fit`
-            self.after_fit()
-            return signal.raise_signal(number)
+        self.noted = number
+        if self.learn is None: return self.after_fit()  # an error ended the fit, and then fastai calls no `after_fit`
         for cb in self.learn.cbs:
             if isinstance(cb, Checkpoints): cb.stopped_by = signal.Signals(number).name
         signal.signal(signal.SIGINT, self.before[signal.SIGINT])

@@ -69,21 +69,27 @@ def _check_labels(cases: Cases):
             raise ValueError(f"{name} knows no label of its {part} cases: fill its table, or choose other cases")
 
 
+def _labelled(cases: Cases) -> Cases:
+    "Without the unlabelled ones, which nobody has prepared."
+    return cases.take([i for i, part in enumerate(cases.split) if part != "unlabelled"])
+
+
 def check_channels(
     cases: Cases,
 ):
     "Refuse images of different numbers of channels: a ValueError, where looking costs no reading."
     if isinstance(cases.images, OnDisk) and cases.images.cache is None: return
-    first, *others = [i for i, part in enumerate(cases.split) if part != "unlabelled"]       # which nobody has prepared
-    there = len(cases.images[first])
-    for i in others:
-        if (here := len(cases.images[i])) != there: raise ValueError(f"{cases.name}: image {cases.names[i]} has {here} channel(s), image {cases.names[first]} has {there}: give images of one kind")
+    cases = _labelled(cases)
+    there = len(cases.images[0])
+    for name, image in zip(cases.names, cases.images):
+        if (here := len(image)) != there: raise ValueError(f"{cases.name}: image {name} has {here} channel(s), image {cases.names[0]} has {there}: give images of one kind")
 
 
 def _check_shapes(cases: Cases):
     "Refuse images that no batch can hold together."
-    images = cases.images
     check_channels(cases)
+    cases = _labelled(cases)
+    images = cases.images
     if isinstance(images, OnDisk) and (images.settings.get("size") or images.cache is None): return
     for name, image in zip(cases.names, images):
         if image.shape != images[0].shape:
@@ -181,11 +187,11 @@ def load_init_(
     if init == "imagenet": return print(load_imagenet(unet.encoder, unet.config["backbone"]))
     is_run = (Path(init) / "config.json").exists()
     parts, last = pretrained_parts(init) if is_run and decoder else ("encoder",), deepcopy(unet.decoder.head.state_dict())
-    if is_run and read_config(init).get("in_channels", 1) == unet.in_channels: load_weights_(unet, init, parts)
+    if is_run and read_config(init).get("in_channels", 1) == unet.in_channels: load_weights_(unet, init, parts, other=("head.",))
     else:
         if is_run: check_network(unet, init, but=("in_channels",))
         print(load_encoder(init, unet.encoder))
-        if "decoder" in parts: load_weights_(unet, init, ("decoder",))
+        if "decoder" in parts: load_weights_(unet, init, ("decoder",), other=("head.",))
     unet.decoder.head.load_state_dict(last)  # which of a reconstruction of four contrasts has the shape that three classes want
 
 # %% ../nbs/12_classify.ipynb #0ae78127
@@ -227,9 +233,9 @@ def predict_probabilities(
     images: list,  # arrays (C, [D,] H, W), uint8 or float [0, 1], of one shape
     bs: int = 64,  # images in a batch
     exclusive: bool = False,  # one class of several holds, as the run's config says
-) -> np.ndarray:  # (N, labels), [0, 1]
+) -> np.ndarray:  # (N, labels), [0, 1]; of float64, in which sure answers differ too
     "The model's probability of each label or class for each image."
     device, model = next(model.parameters()).device, model.eval()
     batches = (torch.from_numpy(np.stack(images[i:i + bs])) for i in range(0, len(images), bs))
-    logits = torch.cat([model(to_unit(b.to(device))).float().cpu() for b in batches])
+    logits = torch.cat([model(to_unit(b.to(device))).cpu().double() for b in batches])
     return (logits.softmax(1) if exclusive else logits.sigmoid()).numpy()

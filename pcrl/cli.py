@@ -188,6 +188,7 @@ def pretrain(
         if minutes is not None and value is not None: raise ValueError(f"--minutes chooses what --{option} would say: give one of the two")
     r, settings, images = get_recipe(recipe, dims), {} if lr is None else dict(lr=lr), out.with_name(f"{out.name}-store")
     resume = resume and ((out / "config.json").exists() or not images.exists())  # stopped while it read images, it begins
+    if not resume: runs.refuse_taken(out)
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
     crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
     arrays = holds_arrays(src)
@@ -265,13 +266,15 @@ class ManyRatios(typer.core.TyperCommand):
 # %% ../nbs/20_cli.ipynb #e6d987d3
 def differs_from_pretraining(
     init: str,  # as in `load_init_`
-    **prepared,  # settings of the images: spacing, window
+    cases,  # a `Cases`
+    **asked,  # by options: spacing, window; what the cases' own images are prepared with goes before
 ) -> list[str]:  # sentences
     "Where a pretraining saw its images prepared in another way."
     if not (Path(init) / "config.json").exists(): return []
     from pcrl.runs import read_config
     before = read_config(init).get("prepared", {})
     said = lambda value, option: f"--{option} {' '.join(f'{v:g}' for v in value)}" if value else f"no --{option}"
+    prepared = {k: getattr(cases.images, "settings", {}).get(k, v) for k, v in asked.items()}
     differ = [k for k, v in prepared.items() if k in before and list(before[k] or ()) != list(v or ())]
     return [f"{init} was pretrained with {said(before[k], k)}, and this is {said(prepared[k], k)}: it knows images as they were prepared there" for k in differ]
 
@@ -351,7 +354,7 @@ def finetune(
     arrays = holds_arrays(src)
     sides = crop and box if dims == 3 else size or (None if arrays else 256)
     cases = open_cases(src, dims, spacing if dims == 3 else None, sides, window, cache=cache or own, split=split)
-    for told in differs_from_pretraining(init, window=ArrayImage.window if arrays else window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
+    for told in differs_from_pretraining(init, cases, window=ArrayImage.window if arrays else window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
     for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
     saw = [*filter(None, [saw_test_cases(start, cases) for start in (init, compare)])]

@@ -167,7 +167,9 @@ def _classic_p(arm: dict[str, Tested], base: dict[str, Tested], column: int) -> 
         if not column or len(arm) + len(base) > 2 or one.cases.patient[~np.isnan(one.truth[:, column - 1])].duplicated().any(): return dict(delong_p=np.nan)
         return dict(delong_p=delong_test(one.truth[:, column - 1], one.scores[:, column - 1], two.scores[:, column - 1])["p"])
     mean = lambda of: np.mean([tested.scores[:, column] for tested in of.values()], 0)
-    return dict(wilcoxon_p=wilcoxon_p(mean(arm) - mean(base), one.cases.patient))
+    difference = mean(arm) - mean(base)
+    alike = one.cases.patient[~np.isnan(difference)].value_counts().nunique() < 2
+    return dict(wilcoxon_p=wilcoxon_p(difference, one.cases.patient) if alike else np.nan)
 
 
 def compare_arms(

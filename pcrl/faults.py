@@ -98,7 +98,7 @@ class GuardedLearner(Learner):
     Raises ChildProcessError for a worker that died, TimeoutError for one that stands still, MemoryError for a full memory."""
     def fit(self, *args, **kwargs):
         try: super().fit(*args, **kwargs)
-        except (RuntimeError, *LOST) as error:
+        except (RuntimeError, MemoryError, *LOST) as error:
             dl = getattr(self, "dl", None) or self.dls.train                          # before the first epoch there is none in hand
             workers = hasattr(dl, "reading")                                          # which a `CropLoader` knows
             try: told = _full_memory(error, dl.bs, self.model) or workers and (_death(dl, error) or _standstill(dl, error))

@@ -26,7 +26,7 @@ from .files import read_channels
 from .geometry import is_sheared
 from .preparation import joint_preparation, prepare_again, unlike_seen
 from .records import lock_folder
-from .runs import encoder_settings, load_part_, load_unet, load_weights_, read_config, unfinished, write_whole
+from .runs import check_one_epoch, encoder_settings, load_part_, load_unet, load_weights_, read_config, unfinished, write_whole
 from .segment import overlay_figure
 from .sliding import Ensemble, FlipAverage, predict_source_mask
 from .sources import printable
@@ -52,14 +52,21 @@ def _members(run: Path) -> list[Path]:
     return repeats
 
 
+def _finetuned_config(run: Path) -> dict:
+    config = read_config(run)
+    if config.get("task") not in ("segment", "classify"): raise ValueError(f"{run} is a pretraining: finetune it first, only then it has something to predict")
+    return config
+
+
 def load_model(
     run: str | Path,  # a run of `finetune`
 ) -> nn.Module:  # images to logits
-    "A finetuned network with the weights of its best epoch; raises ValueError if they are another network's."
-    run, config = Path(run), read_config(run)
+    "A finetuned network with the weights of its best epoch; raises ValueError if they are another network's, or the run is no finetuning."
+    run, config = Path(run), _finetuned_config(run)
     if config["task"] == "segment": return load_unet(run)
     model = Classifier(load_weights_(UNet(**encoder_settings(run)), run, ("encoder",)).encoder, len(config["labels"]))
     load_part_(model.head, run / "head.safetensors")
+    check_one_epoch(run, ("encoder", "head"))
     return model
 
 # %% ../nbs/13d_predict.ipynb #9a2fd23b
@@ -70,10 +77,9 @@ def load_finetuned(
 
     Raises FileNotFoundError if there is none, ValueError for a run that cannot predict, or repeats that differ."""
     members = _members(Path(run))
-    configs = [read_config(member) for member in members]
+    configs = [_finetuned_config(member) for member in members]
     how = configs[0].get("preparation")
     for member, config in zip(members, configs):
-        if config.get("task") not in ("segment", "classify"): raise ValueError(f"{member} is a pretraining: finetune it first, only then it has something to predict")
         if not config.get("preparation"):
             raise ValueError(f"{member} does not say how its images were prepared: it was finetuned on arrays, not on files; "
                              f"show arrays to load_model({str(member)!r}) in Python, or finetune on a folder of images")
@@ -238,9 +244,9 @@ def _predict_labels(of: Finetuned, volume: Volume, figure: Path) -> dict:
     image = prepare_again(volume, of.config["preparation"])
     x = to_unit(torch.from_numpy(image))[None].to(default_device())
     spread = (lambda logits: logits.softmax(1)) if of.config.get("exclusive") else torch.sigmoid
-    mean = lambda outputs: torch.stack(outputs).mean(0)[0].float().cpu().numpy()
-    found = dict(zip(of.config["labels"], mean([spread(model(x)) for model in of.models]).tolist()))
-    maps = mean([label_maps(model, x) for model in of.models])
+    mean = lambda outputs: torch.stack(outputs).mean(0)[0].cpu().numpy()
+    found = dict(zip(of.config["labels"], mean([spread(model(x).cpu().double()) for model in of.models]).tolist()))
+    maps = mean([label_maps(model, x).float() for model in of.models])
     write_whole(figure, lambda p: labels_figure(image, maps, found).savefig(p, format="png"))
     return {f"probability {name}": p for name, p in found.items()}
 

@@ -256,10 +256,11 @@ def pretraining_parts(
     valid: float = 0.1,  # share of the patients kept for validation
     seed: int = 0,
 ) -> tuple[Store, Store]:  # to learn from, and to watch by
-    """A store's images dealt by patient; those that its manifest calls test are in neither part.
+    """A store's images dealt by patient; of a patient with an image that its manifest calls test, none is in either part.
 
     Raises ValueError if there are too few patients."""
-    seen = store.part(np.flatnonzero(store.manifest.split != "test"))
+    tested = store.manifest.patient[store.manifest.split == "test"]
+    seen = store.part(np.flatnonzero(~store.manifest.patient.isin(tested)))
     part = np.array(split_by_patient(seen.patients, (1 - valid, valid, 0.0), seed) if len(seen) else [])
     train, watched = (seen.part(np.flatnonzero(part == name)) for name in ("train", "valid"))
     if not train or not watched:

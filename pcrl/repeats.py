@@ -154,6 +154,7 @@ def finetune_repeats(
         results.add(make, data=cases.name, split=split_id(cases), ratio=ratio, seed=s, **origin(init))
         write_whole(out / "options.json", lambda p: p.write_text(json.dumps(asked, indent=1)))
     split = write_split(cases, out / "split.csv", "as given")
-    report = repeats_report(cases, results.table, [*runs.values()], split)
+    asked_for = results.table[results.table.seed.isin([*runs])]
+    report = repeats_report(cases, asked_for, [*runs.values()], split)
     write_whole(out / "report.md", lambda p: p.write_text(report, encoding="utf-8"))
-    return results.table
+    return asked_for

@@ -156,8 +156,8 @@ def summary(
 ) -> pd.DataFrame:  # a row a variant: `SHOWN` as mean ± standard deviation, seeds, and the verdicts
     "What each variant came to, in the order in which they were run."
     part = table[table.dims == dims]
-    wide = part.pivot_table(index=["variant", "seed"], columns="name", values="value", sort=False)
-    said = wide.apply(lambda row: judge(row.dropna().to_dict())[0], axis=1)
+    wide = part.pivot_table(index=["variant", "seed", "steps"], columns="name", values="value", sort=False)
+    said = wide.apply(lambda row: judge(row.dropna().to_dict(), row.name[-1])[0], axis=1)
     shown = lambda v: f"{v.mean():.2f} ± {v.std():.2f}" if len(v) > 1 else f"{v.mean():.2f}"
     rows = [{"variant": name, **{c: shown(g[c].dropna()) if g[c].notna().any() else "" for c in SHOWN}, "seeds": len(g),
              "verdict": ", ".join(said[name].unique())} for name, g in wide.groupby("variant", sort=False)]

@@ -2,10 +2,14 @@
 import ctypes, os, random, resource, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
-import pytest, torch
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
 
 from kill_resume import ARMS, Arm, differences, end, killed_run, make_data, start, whole_run
-from pcrl.checkpoints import find_checkpoints, read_checkpoint
+from pcrl.cases import Cases
+from pcrl.checkpoints import RunStopped, StopOnSignal, find_checkpoints, read_checkpoint
+from pcrl.cli import stoppable
+from pcrl.repeats import finetune_repeats
 from pcrl.runs import RunFolder
 
 PRETRAIN, SEGMENT = Arm(2, "pretrain", "pcrl/robust"), Arm(2, "segment", "")
@@ -176,3 +180,19 @@ print(hashlib.sha256(b"".join(pairs[e, i].tobytes() for e in range(5) for i in r
     assert len({reader.communicate()[0] for reader in readers}) == 1 and all(reader.returncode == 0 for reader in readers)
     assert [end(pid) for pid in trainings] == [0, 0]
     assert differences(folder / "reader0", folder / "reader1") == []
+
+
+class SignalAtTheEnd(Callback):
+    "Between the last step of a run and the end of its fit."
+    order = 66
+    def after_validate(self):
+        if self.epoch + 1 == self.n_epoch: os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_after_the_last_step_ends_what_comes_next(tmp_path):
+    images = [np.full((1, 32, 32), 90 + 40 * (i % 2), np.uint8) for i in range(12)]
+    cases = Cases("bright", 2, "classify", images, np.float32([[0], [1]] * 6), ["bright"], [*map(str, range(12))], ["train"] * 6 + ["valid"] * 2 + ["test"] * 4)
+    def repeats(**how): return finetune_repeats(cases, tmp_path / "out", repeats=2, width=4, epochs=2, bar=False, **how)
+    with pytest.raises(RunStopped), stoppable(): repeats(cbs=[StopOnSignal(), SignalAtTheEnd()])
+    assert (tmp_path / "out" / "seed0" / "card.md").exists() and not (tmp_path / "out" / "seed1").exists()
+    assert repeats(resume=True).seed.unique().tolist() == [0, 1]
