@@ -135,7 +135,7 @@ Crop = Annotated[str | None, typer.Option(help="Voxels of a crop. Default 32x64x
 Size = Annotated[int | None, typer.Option(min=1, help="2D: pixels a side to which images are brought, 256 if left out; images with masks, and a MedMNIST file's if left out, keep their own size.")]
 Spacing = Annotated[tuple[float, float, float], typer.Option(help="3D: spacing in mm (z y x) to which volumes are brought.")]
 Window = Annotated[tuple[float, float] | None, typer.Option(
-    help="Intensities that become 0 and 1, such as `-1000 1000` for lung CT; percentiles of each image if left out.")]
+    help="Intensities that become 0 and 1, such as `-1000 1000` for lung CT; if left out what suits a data set as published, or percentiles of each image.")]
 Split = Annotated[Path | None, typer.Option(help="File by `pcrl split`: who is unlabelled, trained on, validated and tested. The set's own parts if left out.")]
 Out = Annotated[Path, typer.Option(help="Run folder; must not hold another run.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
@@ -154,7 +154,7 @@ def pretrain(
     out: Out,
     dims: Dims = 3,
     minutes: Annotated[float | None, typer.Option(min=0.1, help=(
-        "Time to spend once the images are read. Crop, width and epochs are then chosen by what a step takes on this machine, unless they are given; where it slows down, some epochs are left out."))] = None,
+        "Time to spend once the images are read. Crop, width and epochs are then chosen by what a step takes on this machine, unless they are given; where it slows down or quickens, epochs are left out or added."))] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images; the recipe's, or 100.")] = None,
     recipe: Annotated[str, typer.Option(help=(
         "The method's settings: `robust`, `paper`, `literal`, or `official` for those of the authors' code."))] = "robust",
@@ -495,7 +495,9 @@ def store(
     if dst is None: raise ValueError("there is no place for the store: give SRC and DST, or one store and --verify")
     settings = s.settings_for(preset, dims=dims, spacing=spacing, size=size, window=window, dtype=dtype, channels=channels)
     sources, describe = pretraining_sources(src, settings["dims"])
-    if holds_arrays(src): settings |= dict(size=size) | window_and_channels(sources, window, channels)
+    arrays = holds_arrays(src)
+    if arrays or preset is None: settings |= window_and_channels(sources, window, channels)
+    if arrays: settings["size"] = size
     with progress("Reading") as tell: made = s.build_store(sources, dst, describe=describe, key=key, processes=workers, progress=tell, **settings)
     typer.echo(f"Store:   {dst}, {len(made)} images of {len(set(made.patients))} patients")
     if len(made.skipped):

@@ -123,10 +123,10 @@ def is_air(
 def air_limit(
     image: np.ndarray,  # (C, D, H, W), uint8 or float in [0, 1]
     threshold: float,  # as in `is_air`
-) -> float:  # 0 to 1
-    "The share of air that leaves a cube half of its image's own share of tissue."
+) -> np.ndarray:  # (C,), 0 to 1
+    "The share of air that leaves a cube half of its image's own share of tissue, in each channel."
     grid = [slice(None, None, max(1, n // 32)) for n in image.shape[1:]]
-    return 1 - _above(image[(..., *grid)], threshold).mean() / 2
+    return 1 - _above(image[(..., *grid)], threshold).mean((1, 2, 3)) / 2
 
 # %% ../nbs/03_crops.ipynb #4ec9ceda
 class CropPairs:
@@ -165,7 +165,7 @@ def _check_fits(index, shape, size, channels):
 
 # %% ../nbs/03_crops.ipynb #1666b4e6
 @patch
-def most_air(self: CropPairs, i: int) -> float:  # of a cube that is kept, 0 to 1
+def most_air(self: CropPairs, i: int) -> float|np.ndarray:  # of a cube that is kept, 0 to 1, or one for each channel
     "The limit for cubes of an image."
     if self.max_air is not None: return self.max_air
     if i not in self.limits: self.limits[i] = air_limit(self.images[i], self.air)

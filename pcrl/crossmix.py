@@ -14,17 +14,21 @@ from torch import Tensor
 # %% ../nbs/07_crossmix.ipynb #088e3e90
 def sample_lam(
     n: int,  # batch size
-    alpha: float = 1.0,  # of Beta(alpha, alpha)
+    alpha: float = 1.0,  # of Beta(alpha, alpha), .01 or more
     per_sample: bool = True,  # False: one lam for the whole batch
     larger_share: bool = False,  # True: max(lam, 1 - lam), so that the ordinary path always has the larger share (the authors' code)
     generator: torch.Generator | None = None,  # source of the random numbers, on `device`
     device: torch.device | str | None = None,  # where lam lives
 ) -> Tensor:  # lam, (n,), in [0, 1]
-    "Draw the mixing weights from Beta(alpha, alpha)."
-    concentration = torch.full((2, n if per_sample else 1), float(alpha), device=device)
+    """Draw the mixing weights from Beta(alpha, alpha).
+
+    Raises ValueError for an alpha under .01."""
+    if not alpha >= .01: raise ValueError(f"alpha must be .01 or more, not {alpha}")
+    dtype = torch.float64 if alpha < .1 else torch.float32
+    concentration = torch.full((2, n if per_sample else 1), float(alpha), dtype=dtype, device=device)
     a, b = torch._standard_gamma(concentration, generator=generator)
     lam = (torch.maximum(a, b) if larger_share else a) / (a + b)
-    return lam.expand(n).contiguous()
+    return lam.float().expand(n).contiguous()
 
 # %% ../nbs/07_crossmix.ipynb #6fac2503
 def mix(

@@ -127,18 +127,19 @@ def prepare_cases(
 
 # %% ../nbs/02f_layouts.ipynb #27ac703d
 def _listed(root, layout, dims, seed):
-    "A set's name, of each image its source (one, or a tuple of channels), name and facts, and why some sources cannot be used; without reading an image."
+    "A set's name, of each image its source (one, or a tuple of channels), name and facts, why some sources cannot be used, and the window that suits them; without reading an image."
     _check_dims(root, layout, dims)
     if layout is LAYOUTS[0]:
         table = folder_table(root, dims, seed, unlisted=True)
         bad = table[table.reason.notna()]
-        return Path(root).resolve().name, list(zip(table.source, table.image, manifest_facts(table.drop(columns=["source", "reason", "person"])))), dict(zip(bad.source, bad.reason))
+        return Path(root).resolve().name, list(zip(table.source, table.image, manifest_facts(table.drop(columns=["source", "reason", "person"])))), dict(zip(bad.source, bad.reason)), None
     asked = SimpleNamespace(dims=dims, spacing=None, size=None, window=None, seed=seed, cache=None)
     cases = luna16_cases(root) if layout.name == "LUNA16" else layout.open(Path(root), asked)
     _check_cases(root, cases, dims)
     facts = [dict(patient=str(p), split=part) for p, part in zip(cases.patients, cases.split)]
     sources = [ArrayImage(f"{root}/{name}", image) for name, image in zip(cases.names, cases.images)] if layout.arrays else cases.images.items
-    return cases.name, list(zip(sources, cases.names, facts)), _links_away(root, cases.images)
+    own = ArrayImage.window if layout.arrays else cases.images.settings.get("window")
+    return cases.name, list(zip(sources, cases.names, facts)), _links_away(root, cases.images), own
 
 # %% ../nbs/02f_layouts.ipynb #67c352fe
 def pretraining_sources(
@@ -155,7 +156,7 @@ def pretraining_sources(
         if split is not None:
             raise ValueError(f"{root} is a plain folder, to which a split does not apply: give it images/ and labels.csv, see the page folders")
         return root, None
-    name, rows, skipped = _listed(root, layout, dims, seed)
+    name, rows, skipped, window = _listed(root, layout, dims, seed)
     if split is not None:
         made, table = read_split(split)
         if made["set"] != name: raise ValueError(f"{split} is a split of {made['set']}: {root} is {name}")
@@ -167,7 +168,7 @@ def pretraining_sources(
     if not known:
         left = f" (skipped: {len(skipped)}, the first: {min(skipped.items())[1]})" if skipped else ""
         raise ValueError(f"{root} has no images outside of its test part{left}: pretraining has nothing to see")
-    return Sources(known, skipped.items()), known.get
+    return Sources(known, skipped.items(), window), known.get
 
 # %% ../nbs/02f_layouts.ipynb #67c352ff
 def holds_arrays(
@@ -182,6 +183,6 @@ def window_and_channels(
     window: tuple|None = None,  # as for `build_store`; None: not given
     channels: int|None = None,  # of an image; None: not given
 ) -> dict:  # for `build_store`
-    "What is given, or one channel and percentiles; images that come as arrays stay as they are."
+    "What is given, or what suits the set, as for its finetuning: one channel, and percentiles where nothing is known; images that come as arrays stay as they are."
     arrays = isinstance(sources, Sources) and isinstance(sources[0], ArrayImage)
-    return dict(window=window or (ArrayImage.window if arrays else None), channels=channels or (len(sources[0].array) if arrays else 1))
+    return dict(window=window or getattr(sources, "window", None), channels=channels or (len(sources[0].array) if arrays else 1))

@@ -354,13 +354,13 @@ def heard(
     images: Tensor,  # what the transforms were asked of, as `answers`
     vec: Tensor,  # what was asked for, (B, 6 or 7)
 ) -> dict[str, Tensor]:  # scalars: obedience, the share of answers that are nearest to what was asked for; wrong_over_right, a ratio of mean squared errors
-    "How well answers follow requests, among all transforms that could have been asked for."
+    "How well answers follow requests, among all different transforms, also where a recipe asks for some of them alone."
     every = distinct_transforms(images.ndim - 2, images.device)
     error = lambda vec: (answers.float() - apply_transforms(images, vec)).square().flatten(1).mean(1)
     right, errors = error(vec), torch.stack([error(v.expand(len(images), -1)) for v in every], 1)
     near = errors <= right[:, None] * (1 + 1e-6)  # itself, under the vector of `every`, and whatever is as near
     wrong = (errors.sum(1) - right) / (len(every) - 1)
-    return dict(obedience=(near.sum(1) <= 1).float().mean(), wrong_over_right=wrong.mean() / right.mean())
+    return dict(obedience=(near.sum(1) == 1).float().mean(), wrong_over_right=wrong.mean() / right.mean())
 
 # %% ../nbs/09_model.ipynb #bd1e07c9
 @patch

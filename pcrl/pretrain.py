@@ -213,7 +213,7 @@ def open_store(
     dims: int,  # 2 or 3
     spacing: tuple | None = None,  # 3D: mm (z, y, x); None: each as it is
     size: int | None = None,  # 2D: pixels a side; None: each as it is
-    window: tuple | None = None,  # intensities that become 0 and 1; None: each image's percentiles; 0 to 255 of a file of arrays
+    window: tuple | None = None,  # intensities that become 0 and 1; None: what suits a data set in a layout, or each image's percentiles
     seed: int = 0,  # of a data set's test part, which is left out, as far as none is published
     split: str | Path | None = None,  # file that says which images are unlabelled; None: all but the test part
     continues: bool = False,  # a run that was begun with the store: it stays as it is, whatever has come to `src` or gone since

@@ -111,7 +111,7 @@ class Recipe(_Corruption, _Input, _Training, _Contrast, _Reconstruction, _Networ
     """All settings of a pretraining method, in 2D or in 3D. The defaults are those of `literal` in 3D.
 
     Raises ValueError for a word that is none of a setting's choices, for paths that the recipe does not have,
-    if no loss has a weight, if images are to be turned as well as reconstructed, and for a rank of a TransAtt that has none."""
+    if no loss has a weight, if images are to be turned as well as reconstructed, for a rank of a TransAtt that has none, and for more than 8 holes."""
     name: str = "literal"  # under which `get_recipe` finds it
 
     def __post_init__(self):
@@ -129,6 +129,7 @@ class Recipe(_Corruption, _Input, _Training, _Contrast, _Reconstruction, _Networ
             raise ValueError("rotation_weight stands in the place of reconstruction_weight: set that to 0")
         if self.transatt_rank is not None and self.transatt in ("fc", "none"):
             raise ValueError(f"transatt {self.transatt!r} has no W of eq. 2: leave transatt_rank at None")
+        if self.holes > 8: raise ValueError(f"holes {self.holes} are too many: 8 at most")  # of `box_union`
 
 # %% ../nbs/08b_recipes.ipynb #ad4e7a08
 _CROPS_2D = dict(crop=(224, 224), crop_scales=SCALES[2], min_iou=MIN_IOU[2])

@@ -180,14 +180,17 @@ def _randint(low: Tensor, high: Tensor, generator) -> Tensor:
 
 # %% ../nbs/04_transforms.ipynb #3cf9cc17
 def box_union(
-    start: Tensor,  # first voxel of each box, (B, K, dims), axes in array order; at most 8 boxes
+    start: Tensor,  # first voxel of each box, (B, K, dims), axes in array order
     side: Tensor,  # its length, (B, K, dims)
     present: Tensor,  # which boxes there are, (B, K), bool
     shape: tuple[int, ...],  # ([D,] H, W)
 ) -> Tensor:  # bool, (B, [D,] H, W)
-    "The voxels that lie in any of a sample's boxes."
+    """The voxels that lie in any of a sample's boxes.
+
+    Raises ValueError for more than 8 boxes."""
+    if start.shape[1] > 8: raise ValueError(f"{start.shape[1]} boxes an image are too many: 8 at most")
     bit = (present * 2 ** torch.arange(start.shape[1], device=start.device)).unsqueeze(-1)  # (B, K, 1)
-    code = torch.tensor(255, dtype=torch.uint8, device=start.device)
+    code = torch.full((), 255, dtype=torch.uint8, device=start.device)
     for axis, length in enumerate(shape):
         at, first = torch.arange(length, device=start.device), start[..., axis, None]
         inside = (at >= first) & (at < first + side[..., axis, None])  # (B, K, length)

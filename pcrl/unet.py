@@ -270,6 +270,9 @@ def _encoder(dims: int, in_channels: int, width: int, norm: str, backbone: str |
     return TimmEncoder(backbone, in_channels)
 
 # %% ../nbs/05_unet.ipynb #79e9b50c
+def _check_input(dims: int, in_channels: int, divisor: int, _, args): _check_images(args[0], dims, in_channels, divisor)
+
+
 class UNet(nn.Module):
     """A 2D U-Net on a ResNet, or a 3D U-Net. `encoder(x)` gives [F^1 .. F^l], `decoder(pyramid)` an image; `UNet(**net.config)` is a network of the same shape.
 
@@ -291,14 +294,12 @@ class UNet(nn.Module):
         self.config = dict(dims=dims, in_channels=in_channels, width=width, out_channels=out_channels, norm=norm, backbone=backbone)
         self.encoder = _encoder(dims, in_channels, width, norm, backbone)
         self.decoder = Decoder(dims, self.encoder.channels, out_channels or in_channels, norm, checkpoint)
-        self.encoder.register_forward_pre_hook(self._check_input)
+        self.encoder.register_forward_pre_hook(partial(_check_input, dims, in_channels, self.divisor))  # a method would hold the decoder too
 
     @property
     def divisor(self) -> int:
         "Each side of the input must be a multiple of this."
         return 32 if self.dims == 2 else 8
-
-    def _check_input(self, _, args): _check_images(args[0], self.dims, self.in_channels, self.divisor)
 
     def forward(self, x: Tensor) -> Tensor: return self.decoder(self.encoder(x))  # (B, C, [D,] H, W), same size out
 

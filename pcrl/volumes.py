@@ -199,13 +199,14 @@ WRITERS = {**dict.fromkeys([".nii", ".nii.gz"], _write_nifti), **dict.fromkeys([
 # %% ../nbs/00f_volumes.ipynb #977f4aa9
 class Sources(list):
     "Sources for `read_volume`, sorted by name."
-    def __init__(self, sources, skipped):
+    def __init__(self, sources, skipped, window=None):
         super().__init__(sorted(sources, key=str))
+        self.window = window  # intensities that become 0 and 1, where all are of one kind; None: not known
         self.skipped = sorted(skipped)  # (path, reason) of links that leave the folder and of DICOM files that cannot be read
 
 # %% ../nbs/00f_volumes.ipynb #102b85b1
 def link_away(
-    path,
+    path,  # of a file or a folder in `root`
     root,  # folder
 ) -> str|None:  # a sentence; None: it stays in the folder
     "Whether a path leaves a folder through a link."

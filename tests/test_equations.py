@@ -5,12 +5,15 @@ from itertools import product
 
 import numpy as np, pytest, torch
 from fastcore.basics import AttrDict
+from fastai.callback.core import Callback
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from pcrl.contrast import KeyQueue, Projector, ema_update_, momentum_copy, nce_loss
+from pcrl.crops import crop_loaders
 from pcrl.crossmix import crossmix, mix
 from pcrl.model import PCRL
+from pcrl.pretrain import pretrain_learner
 from pcrl.transatt import CentredTransAtt, FactoredOuterLinear, OpenTransAtt, OuterProductLinear, TransAtt
 from pcrl.transforms import apply_transforms, invert_transforms, n_indicators, sample_transforms
 from pcrl.unet import UNet
@@ -373,18 +376,36 @@ def test_one_decoder_call_is_three(dims):
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_paths_are_what_the_equations_name(dims):
-    "Each third of the outputs, built path by path from the parts; in evaluation mode, as above."
+    "Each third of the outputs, built path by path from the parts, and every gradient of the encoder; in evaluation mode, as above."
     model, views, out = step(dims, training=False)
     F_o, F_m = model.ordinary.encoder(views.corrupt_o), model.momentum.encoder(views.corrupt_m)
     F_h = [torch.stack([l * o + (1 - l) * m for l, o, m in zip(views.lam, level_o, level_m)]) for level_o, level_m in zip(F_o, F_m)]
     paths = (model.ordinary, F_o, views.vec_o, "g_o"), (model.momentum, F_m, views.vec_m, "g_m"), (model.ordinary, F_h, views.vec_h, "g_h")
-    images = []
+    images, embeddings = [], []
     for branch, pyramid, vec, g in paths:
         deepest = branch.transatt(pyramid[-1], vec)
         images.append(torch.sigmoid(model.decoder([*pyramid[:-1], deepest])))
-        near(out[g], array(branch.projector(deepest)), 1e-6)
+        embeddings.append(branch.projector(deepest))
+        near(out[g], array(embeddings[-1]), 1e-6)
     near(out.reconstructions, array(torch.cat(images)), 1e-9)
     near(model.reconstruct(views.corrupt_o, views.vec_o), array(images[0]), 1e-9)
+    plain = {f"reconstruction_{path}": (image - target).square().mean() for path, image, target in zip("omh", images, views.targets.chunk(3))}
+    plain["contrast"], terms = nce_loss(embeddings[0], embeddings[1].detach(), model.queue.keys), model.loss(out, views)
+    gradients = lambda term: torch.autograd.grad(term, list(model.encoder.parameters()), retain_graph=True, materialize_grads=True)
+    for name in plain:
+        for ours, theirs in zip(gradients(terms[name]), gradients(plain[name]), strict=True):
+            assert theirs.any() == (name != "reconstruction_m")
+            near(ours, array(theirs), 1e-3 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_path_has_transforms_of_its_own(dims):
+    "T_o, T_m and T_h are drawn apart, and so are the turns of the two clean crops, here of one and the same crop."
+    model = PCRL(dims, width=4, queue_size=8)
+    crop = torch.rand(64, 1, 1, *[8] * dims)
+    views = model.views(torch.cat([crop, crop], 1), torch.Generator().manual_seed(0))
+    differ = lambda a, b: float((a != b).flatten(1).any(1).float().mean())
+    for a, b in (("vec_o", "vec_m"), ("vec_o", "vec_h"), ("vec_m", "vec_h"), ("clean_o", "clean_m")): assert differ(views[a], views[b]) > .7
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -408,10 +429,11 @@ def test_momentum_path_gets_no_gradient(dims):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("path, encoder, decoder", [("o", True, True), ("m", False, True), ("h", True, True), ("contrast", True, False)])
-def test_what_each_term_reaches(dims, path, encoder, decoder):
-    "In evaluation mode: in training BatchNorm's shared statistics tie the paths together."
-    model, views, out = step(dims, training=False)
+def test_what_each_term_reaches(dims, path, encoder, decoder, training):
+    "In training with a call of the decoder for each path: in one call BatchNorm's shared statistics tie the paths together."
+    model, views, out = step(dims, training=training, decode_together=not training)
     terms = model.loss(out, views)
     (terms.contrast if path == "contrast" else terms[f"reconstruction_{path}"]).backward()
     assert any(reached(model.ordinary.encoder)) == encoder and any(reached(model.decoder)) == decoder
@@ -440,6 +462,24 @@ def test_finish_step(dims):
         if v.is_floating_point(): near(v, .9 * array(before[name]) + .1 * array(model.ordinary.state_dict()[name]), 1e-9)
     near(model.queue.keys[:6], array(torch.cat([out.g_o, out.g_m, out.g_h])), 1e-6)
     assert not model.queue.rows.requires_grad
+
+
+class Moved(Callback):
+    "After each step, once the method has done its part: the momentum weights against eq. 9 of those before it and the ordinary ones as they are now."
+    order = 11
+    def before_batch(self): self.old = [p.clone() for p in self.model.momentum.parameters()], [p.detach().clone() for p in self.model.ordinary.parameters()]
+
+    def after_step(self):
+        (momentum, ordinary), beta = self.old, self.model.recipe.beta
+        assert any((o != p).any() for o, p in zip(ordinary, self.model.ordinary.parameters()))
+        for old, m, o in zip(momentum, self.model.momentum.parameters(), self.model.ordinary.parameters(), strict=True): near(m, beta * array(old) + (1 - beta) * array(o), 1e-6)
+
+
+def test_average_and_keys_come_after_the_optimiser():
+    images = list(np.random.default_rng(0).integers(0, 256, (4, 1, 16, 16, 16), dtype=np.uint8))
+    learn = pretrain_learner(crop_loaders(images, images, size=16, bs=2, device="cpu", scales=(1.,)), 3, width=4, projection=8, beta=.5)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Moved())
+    assert learn.model.queue.pushed == 2 * 3 * 2
 
 
 # --- transforms -----------------------------------------------------------------------------------------------------------
