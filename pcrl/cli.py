@@ -180,7 +180,7 @@ def pretrain(
     from pcrl.checkpoints import StopOnSignal
     from pcrl.layouts import holds_arrays
     from pcrl.recipes import at_size, get_recipe, loader_settings
-    from pcrl.records import file_hash
+    from pcrl.records import file_hash, lock_folder
     for option, value in dict(split=split, spacing=spacing, window=window).items():
         if value is not None and (src / "store.json").exists():
             raise ValueError(f"{src} is a store, which --{option} does not change: leave it out, or give the images that the store was made of")
@@ -188,7 +188,9 @@ def pretrain(
         if minutes is not None and value is not None: raise ValueError(f"--minutes chooses what --{option} would say: give one of the two")
     r, settings, images = get_recipe(recipe, dims), {} if lr is None else dict(lr=lr), out.with_name(f"{out.name}-store")
     resume = resume and ((out / "config.json").exists() or not images.exists())  # stopped while it read images, it begins
-    if not resume: runs.refuse_taken(out)
+    if not resume and (out / "config.json").exists():  # told before the images are read
+        if (out / "resume").is_dir(): os.close(lock_folder(out / "resume"))
+        runs.refuse_taken(out)
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
     crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
     arrays = holds_arrays(src)

@@ -80,7 +80,7 @@ def test_weights_that_are_a_pickle_are_refused_by_the_command(tmp_path):
     from PIL import Image
     for i in range(10):
         square = np.zeros((32, 32), np.uint8); square[8:20, 8:20] = 1
-        Image.fromarray(square * 200).save(data / "images" / f"{i}.png"); Image.fromarray(square).save(data / "masks" / f"{i}.png")
+        Image.fromarray(square * (200 + i)).save(data / "images" / f"{i}.png"); Image.fromarray(square).save(data / "masks" / f"{i}.png")
     for init, said in ((run, "encoder.safetensors is a pickle, which can carry code"), (tmp_path / "model.pth", "model.pth")):
         done = CliRunner().invoke(app, ["finetune", str(data), "--out", str(tmp_path / "out"), "--dims", "2", "--crop", "32x32", "--size", "32", "--init", str(init), "--width", "4"])
         assert done.exit_code == 1 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
