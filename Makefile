@@ -48,7 +48,7 @@ readme: setup  ## make README.md from nbs/index.ipynb
 docs: setup  ## build the site into _docs/
 	$(in_venv) python tools/docs.py
 
-why: setup  ## run the experiments of the notebook why, tables in results/why.csv and results/air.csv; reads PCRL_DATA, hours on a CPU
+why: setup  ## run the experiments of the notebook why, tables in results/why.csv, why-long.csv and air.csv; reads PCRL_DATA, hours on a CPU
 	$(in_venv) OMP_NUM_THREADS=1 python tools/why.py
 
 sound: setup  ## pretrain by robust for 20 minutes, three seeds in 2D and in 3D, runs in sound/, table in results/sound.csv; reads PCRL_DATA, three hours of a core
