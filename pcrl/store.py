@@ -189,14 +189,16 @@ def _prepare_source(source, folder, settings, done):
 def labels_table(
     path,  # a folder's labels.csv
 ) -> pd.DataFrame:  # columns image, perhaps patient and split, and what else it has
-    """What people say of the images in a folder; a column patient_id is the patient too, and the part val is called valid.
+    """What people say of the images in a folder; a column patient_id is the patient too, the part val is called valid, and blanks around a patient, part or class are no part of it.
 
     Raises ValueError for a table that does not name the images."""
     table = read_table(path, ("image", "patient", "patient_id", "split", "class"))
     if "patient" not in table: table = table.rename(columns=dict(patient_id="patient"))
     if "image" not in table: raise ValueError(f"{path} has no column image, but {', '.join(map(str, table))}: name the files in a column image, and part columns by commas")
     if table.image.isna().any(): raise ValueError(f"{path} names no image in its row {table.image.isna().argmax() + 2}: fill it in, or leave the row out")
-    return table.assign(split=table.split.replace("val", "valid")) if "split" in table else table
+    bare = {name: table[name].str.strip().mask(lambda c: c == "") for name in ("patient", "split", "class") if name in table}   # spreadsheets leave blanks behind
+    if "split" in bare: bare["split"] = bare["split"].replace("val", "valid")
+    return table.assign(**bare)
 
 # %% ../nbs/01_store.ipynb #0250b577
 COLUMNS = ("volume", "patient", "shape", "spacing", "window", "dtype", "split", "sha256", "file", "sum")  # labels come after `split`
