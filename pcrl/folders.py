@@ -85,10 +85,9 @@ def _ids(sources):
     named = {name: who for name, source in sources.items() if (who := _patient_id(source))}
     return named | _copies({name: source for name, source in sources.items() if name not in named})
 
-def _persons(names, sources):
+def _persons(names, ids):
     "For each image one that stands for its person: the first, by name, with the same id."
-    ids = _ids({name: sources[name] for name in names if name in sources})
-    first = {who: name for name, who in sorted(ids.items(), reverse=True)}
+    first = {ids[name]: name for name in sorted(names, reverse=True) if name in ids}
     return [first[ids[name]] if name in ids else name for name in names]
 
 # %% ../nbs/02a_folders.ipynb #1cf8ea75
@@ -100,11 +99,10 @@ def _ask_for_patients(root, names, sources):
                       "if these are of one patient each, say so in a column patient of labels.csv")
 
 # %% ../nbs/02a_folders.ipynb #1cf8ea78
-def _unlisted(table, names, sources, skipped, images):
+def _unlisted(table, names, ids, sources, skipped, images):
     "Rows for images that labels.csv does not name: train cases, but for those of a patient, by their headers or as copies, who is in it."
-    ids = _ids(sources)
     known = {ids[row.image]: (row.person, row.split) for row in table.itertuples() if row.image in ids}
-    persons, parts = zip(*(known.get(ids.get(n), (own, "train")) for n, own in zip(names, _persons(names, sources))))
+    persons, parts = zip(*(known.get(ids.get(n), (own, "train")) for n, own in zip(names, _persons(names, ids))))
     return pd.DataFrame(dict(image=names, source=[sources.get(n, images / n) for n in names], reason=[skipped.get(n) for n in names], person=persons, split=parts))
 
 # %% ../nbs/02a_folders.ipynb #1cf8ea74
@@ -125,14 +123,15 @@ def folder_table(
     if missing := sorted(n for n, why in zip(names, reasons) if not why and n not in sources):
         raise ValueError(f"{path} names {missing[0]}, which is not below {images} ({len(missing)} such in all): mend the name, or give other dims")
     table = table.assign(image=names, source=[sources.get(n, images / n) for n in names], reason=reasons)
-    table["person"] = table.patient if "patient" in table else _persons(names, sources)
+    more = sorted({*sources, *skipped} - set(names)) if unlisted else []
+    ids = _ids({n: sources[n] for n in (*names, *more) if n in sources}) if more or "patient" not in table else {}
+    table["person"] = table.patient if "patient" in table else _persons(names, ids)
     if "patient" not in table: _ask_for_patients(root, names, sources)
     if "split" in table: table = _uncrossed(path, table)
     else:
         labels = _own_labels(path, table)[0] if _label_names(table) and not (Path(root) / "masks").is_dir() else None
         table["split"] = split_by_patient(table.person.tolist(), (0.7, 0.1, 0.2), seed, labels)
-    more = sorted({*sources, *skipped} - set(table.image)) if unlisted else []
-    return pd.concat([table, _unlisted(table, more, sources, skipped, images)], ignore_index=True) if more else table
+    return pd.concat([table, _unlisted(table, more, ids, sources, skipped, images)], ignore_index=True) if more else table
 
 # %% ../nbs/02a_folders.ipynb #5e1f0b02
 def _uncrossed(path, table):
