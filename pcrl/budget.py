@@ -9,9 +9,9 @@ __all__ = ['SIZES', 'ENOUGH', 'SPARE', 'EPOCH', 'EPOCHS', 'VALID', 'FEW', 'pairs
            'sizes_that_fit', 'usual_shape', 'Plan', 'plan_budget', 'kept_plan', 'InMinutes']
 
 # %% ../nbs/10a_budget.ipynb #27821003
-import time
+import time, warnings
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np, torch
@@ -103,15 +103,11 @@ class Plan:
     steps: int  # in all
     seconds: float  # measured, a step
     steps_per_epoch: int  # of all pairs, or of a random part of them
-    images: InitVar[int] = FEW  # to train on; said, and not kept
-
-    def __post_init__(self, images): object.__setattr__(self, "_few_images", images if images < FEW else None)
 
     def __str__(self):
         crop = "x".join(map(str, self.crop))
         few = "" if self.steps >= ENOUGH else f"; {ENOUGH} are wanted: give more minutes, or do not expect it to be sound"
-        same = f"; of {self._few_images} images about one in {self._few_images} of the queue's keys is a query's own, whatever its length: more images contrast better" if self._few_images else ""
-        return f"crops of {crop}, width {self.width}: {self.steps} steps of {self.seconds:.3f} s in {self.epochs} epochs{few}{same}"
+        return f"crops of {crop}, width {self.width}: {self.steps} steps of {self.seconds:.3f} s in {self.epochs} epochs{few}"
 
 
 def _plan(crop, width, seconds: float, minutes: float, images: int, bs: int, least: int) -> Plan:
@@ -119,7 +115,7 @@ def _plan(crop, width, seconds: float, minutes: float, images: int, bs: int, lea
     fit = max(1, int(60 * minutes * (1 - SPARE) / seconds))
     pairs = max(least, -(-min(EPOCH, fit) * bs // images))
     epochs = max(-(-fit // (images * pairs // bs)), min(EPOCHS, fit // EPOCH))
-    return Plan(crop, width, pairs, epochs, fit // epochs * epochs, seconds, fit // epochs, images)
+    return Plan(crop, width, pairs, epochs, fit // epochs * epochs, seconds, fit // epochs)
 
 # %% ../nbs/10a_budget.ipynb #a6ee2873
 def _sees_twice(pairs: CropPairs) -> bool:
@@ -136,7 +132,7 @@ def plan_budget(
     recipe: Recipe,
     sizes: Sequence,  # crop and width of each, the cheapest first, from `sizes_that_fit`
 ) -> Plan:
-    """The largest size of which `ENOUGH` steps fit into the minutes, or the cheapest; the measuring, of sizes that are too large as well, counts as part of them.
+    """The largest size of which `ENOUGH` steps fit into the minutes, or the cheapest; the measuring, of sizes that are too large as well, counts as part of them. Warns of few images.
 
     Raises ValueError if the crops of the cheapest are the same picture twice."""
     start, chosen = time.perf_counter(), None
@@ -151,6 +147,8 @@ def plan_budget(
         enough = plan(of_size).steps >= ENOUGH
         if chosen is None or enough: chosen = of_size
         if not enough: break
+    if (images := len(pairs.images)) < FEW:
+        warnings.warn(f"of {images} images about one in {images} of the queue's keys is a query's own, whatever its length: more images contrast better")
     return plan(chosen)
 
 # %% ../nbs/10a_budget.ipynb #8cd5f3a7

@@ -10,6 +10,7 @@ __all__ = ['CROP', 'SAMPLE', 'Findings', 'check_images', 'verify_store']
 # %% ../nbs/01a_check.ipynb #46c4df47
 from collections.abc import Callable
 from dataclasses import dataclass
+import warnings
 import numpy as np, pandas as pd
 from .store import MASK_NAMES, Store
 from .volumes import VolumeError, find_images, read_header, read_volume
@@ -77,6 +78,7 @@ class Findings:
     sample: pd.DataFrame  # of some: source, least, low (0.5 %), high (99.5 %), most, values (different ones, up to 100)
     unread: list  # (file, reason)
     root: str  # the folder
+    cautions: list  # sentences on DICOM series that lie in parts
 
     @property
     def problems(self) -> list:  # of sentences
@@ -84,7 +86,7 @@ class Findings:
         solid = self.table[self.table.dims == 3]
         unread = [f"{len(self.unread)} cannot be read, they will be skipped, such as this: {self.unread[0][1]}"] if self.unread else []
         both = ["there are 2D and 3D images: a store holds one kind, choose with --dims"] if self.table.dims.nunique() > 1 else []
-        return [*unread, *both, *(_mixtures(solid) if len(solid) else ()), *_oddities(self.table, self.root), *(_ranges(self.sample) if len(self.sample) else ())]
+        return [*unread, *self.cautions, *both, *(_mixtures(solid) if len(solid) else ()), *_oddities(self.table, self.root), *(_ranges(self.sample) if len(self.sample) else ())]
 
     def __str__(self): return "\n".join([*_report(self.table, self.sample), *(f"! {sentence}" for sentence in self.problems or ["nothing looks wrong"])])
 
@@ -97,7 +99,7 @@ def check_images(
     """Read the headers of everything in a folder that looks like an image, and the voxels of a few.
 
     Raises `VolumeError` if there is none."""
-    found = [find_images(root, dims) for dims in (2, 3)]
+    with warnings.catch_warnings(action="ignore"): found = [find_images(root, dims) for dims in (2, 3)]  # they are among the problems
     sources = [*{str(s): s for some in found for s in some}.values()]
     rows, bad = {}, {(str(p), why) for some in found for p, why in some.skipped}
     for k, (i, row, fault) in enumerate(in_processes("pcrl.check:_header_row", sources, processes=processes), 1):
@@ -109,7 +111,7 @@ def check_images(
     some = [sources[readable[int(k)]] for k in np.unique(np.linspace(0, len(readable) - 1, SAMPLE).astype(int))]
     read = sorted(in_processes("pcrl.check:_intensities", some, processes=processes))
     bad |= {(str(some[i]), fault) for i, _, fault in read if fault}
-    return Findings(pd.DataFrame([rows[i] for i in readable]), pd.DataFrame([row for _, row, fault in read if not fault]), sorted(bad), str(root))
+    return Findings(pd.DataFrame([rows[i] for i in readable]), pd.DataFrame([row for _, row, fault in read if not fault]), sorted(bad), str(root), found[1].cautions)
 
 # %% ../nbs/01a_check.ipynb #0f17953a
 def _counts(column, most=4):

@@ -6,13 +6,13 @@ Docs: https://pcrl-team.github.io/pcrl/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'Dims', 'Crop', 'Size', 'Spacing', 'Window', 'Split', 'Out', 'Epochs', 'Resume', 'Every', 'main',
-           'one_sentence', 'stoppable', 'log_by_epoch', 'DemoData', 'demo', 'parse_crop', 'above_zero', 'pretrain',
-           'diagnose', 'split', 'name_each', 'ManyRatios', 'differs_from_pretraining', 'saw_test_cases',
+           'one_sentence', 'stoppable', 'log_by_epoch', 'DemoData', 'demo', 'parse_crop', 'above_zero',
+           'warn_of_unused', 'pretrain', 'diagnose', 'split', 'name_each', 'ManyRatios', 'differs_from_pretraining',
            'add_to_report', 'finetune', 'predict', 'compare', 'export', 'bench', 'reproduce', 'progress', 'store',
            'check']
 
 # %% ../nbs/20_cli.ipynb #18391989
-import math, os, signal, sys, threading, time, warnings
+import errno, math, os, signal, sys, threading, time, warnings
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial, wraps
@@ -32,6 +32,17 @@ def main():
     "Typer takes a program with a single command for that command; a callback keeps it a group."
 
 # %% ../nbs/20_cli.ipynb #c503de0a
+_ADVICE = (dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, or choose another place")
+           | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend its rights, or choose another place")
+           | dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "give another name")
+           | {errno.EMFILE: "let a process open more files, by `ulimit -n 4096` say", errno.EIO: "see whether the disk is sound"})
+
+
+def _system_error(e):
+    "What the operating system refused, of which file, and what to do."
+    return f"{e.filename or 'a file'} cannot be read or written ({e.strerror}): {_ADVICE.get(e.errno, 'try it again, or choose another place')}"
+
+
 def one_sentence(
     command,  # a function for Typer
 ):  # the same, with its errors turned into a sentence and exit code 1
@@ -44,8 +55,8 @@ def one_sentence(
         try: return command(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError, ImportError, MemoryError) as e:
             sentence = str(e).rpartition("`:\n\t")[2]  # fastai puts the name of its callback before an error's own words
-            if getattr(e, "strerror", None):  # the system's own words
-                sentence = f"{e.filename or 'a file'} cannot be read or written ({e.strerror}): make room, mend its rights, or choose another place"
+            if " in DataLoader worker process " in sentence: sentence = sentence.strip().splitlines()[-1].partition(": ")[2]  # and PyTorch a traceback
+            if getattr(e, "strerror", None): sentence = _system_error(e)
             from pcrl.sources import printable
             typer.secho(f"pcrl: {printable(sentence)}", err=True, fg="red")
             raise typer.Exit(getattr(e, "exit_code", 1)) from None
@@ -74,10 +85,11 @@ def stoppable(
 def log_by_epoch():
     "Where the output is no terminal, leave out fastai's bar, and write the row of an epoch at once."
     from fastprogress import fastprogress
-    before = fastprogress.NO_BAR, fastprogress.WRITER_FN
-    if not sys.stdout.isatty(): fastprogress.NO_BAR, fastprogress.WRITER_FN = True, partial(print, flush=True)
+    Bar = fastprogress.ConsoleProgressBar
+    before = fastprogress.NO_BAR, fastprogress.WRITER_FN, Bar.fill
+    if not sys.stdout.isatty(): fastprogress.NO_BAR, fastprogress.WRITER_FN, Bar.fill = True, partial(print, flush=True), ""  # a new bar prints what fills it
     try: yield
-    finally: fastprogress.NO_BAR, fastprogress.WRITER_FN = before
+    finally: fastprogress.NO_BAR, fastprogress.WRITER_FN, Bar.fill = before
 
 # %% ../nbs/20_cli.ipynb #a60202be
 class DemoData(str, Enum):
@@ -132,8 +144,8 @@ def above_zero(
 # %% ../nbs/20_cli.ipynb #adc522b1
 Dims = Annotated[int, typer.Option(min=2, max=3, help="2 for radiographs, 3 for CT and MRI.")]
 Crop = Annotated[str | None, typer.Option(help="Voxels of a crop. Default 32x64x64, in 2D 224x224.", metavar="DxHxW")]
-Size = Annotated[int | None, typer.Option(min=1, help="2D: pixels a side to which images are brought, 256 if left out; images with masks, and a MedMNIST file's if left out, keep their own size.")]
-Spacing = Annotated[tuple[float, float, float], typer.Option(help="3D: spacing in mm (z y x) to which volumes are brought.")]
+Size = Annotated[int | None, typer.Option(min=1, help="2D: pixels a side to which images are brought, 256 if left out; a MedMNIST file's keep their own if left out. Images with masks always do.")]
+Spacing = Annotated[tuple[float, float, float] | None, typer.Option(help="3D: spacing in mm (z y x) to which volumes are brought; 1 1 1, or a pretraining recipe's own, if left out.")]
 Window = Annotated[tuple[float, float] | None, typer.Option(
     help="Intensities that become 0 and 1, such as `-1000 1000` for lung CT; if left out what suits a data set as published, or percentiles of each image.")]
 Split = Annotated[Path | None, typer.Option(help="File by `pcrl split`: who is unlabelled, trained on, validated and tested. The set's own parts if left out.")]
@@ -142,6 +154,15 @@ Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training image
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in OUT from its newest checkpoint, with the same options.")]
 Every = Annotated[int | None, typer.Option("--checkpoint-every", min=1, metavar="STEPS", help=(
     "Steps between checkpoints. If left out they are written by the clock, so seldom that they take at most 1 % of the time."))]
+
+# %% ../nbs/20_cli.ipynb #27b2e530
+def warn_of_unused(
+    what: str,  # that is worked on
+    **options,  # by name; None or False: not given
+):
+    "Say of options that they mean nothing to this kind of data, lest they are believed to be followed."
+    for option, value in options.items():
+        if value not in (None, False): typer.secho(f"pcrl: --{option.replace('_', '-')} is not followed, since it means nothing to {what}", err=True, fg="yellow")
 
 # %% ../nbs/20_cli.ipynb #27b2e532
 @app.command()
@@ -165,8 +186,7 @@ def pretrain(
     lr: Annotated[float | None, typer.Option(callback=above_zero, help="Learning rate; the recipe's if left out.")] = None,
     valid: Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of the patients that is kept for validation.")] = 0.1,
     size: Size = None,
-    spacing: Annotated[tuple[float, float, float] | None, typer.Option(
-        help="3D: spacing in mm (z y x) to which volumes are brought; the recipe's, or 1 1 1.")] = None,
+    spacing: Spacing = None,
     window: Window = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read crops.")] = 0,
     split: Split = None,
@@ -193,6 +213,8 @@ def pretrain(
         runs.refuse_taken(out)
     given = dict(size=crop and parse_crop(crop, dims), bs=bs, pairs_per_image=pairs_per_image)
     crops = dict(bs=8) | loader_settings(r) | {k: v for k, v in given.items() if v is not None}
+    if dims == 2: warn_of_unused("images in 2D", spacing=spacing)
+    else: warn_of_unused("volumes", size=size)
     arrays = holds_arrays(src)
     spacing, size = (spacing or r.spacing or (1.0, 1.0, 1.0), None) if dims == 3 else (None, size or (None if arrays else 256))
     store = p.open_store(src, images, dims, spacing, size, window or (None if arrays else r.window), split=split, continues=resume)
@@ -281,16 +303,6 @@ def differs_from_pretraining(
     return [f"{init} was pretrained with {said(before[k], k)}, and this is {said(prepared[k], k)}: it knows images as they were prepared there" for k in differ]
 
 
-def saw_test_cases(
-    init: str | None,  # as in `load_init_`
-    cases,  # a `Cases`
-) -> str | None:  # a sentence
-    "Whether a pretraining has seen test cases."
-    from pcrl.finetune import pretrained_on
-    if seen := pretrained_on(init, test := cases.part("test")):
-        return f"{init} was pretrained on {len(seen)} of {len(test)} test cases, such as {seen[0]}, without labels: give both commands one folder with its images/, or one --split, to test on patients that it has not seen"
-
-
 def add_to_report(
     report: Path,  # Markdown
     sentences: list[str],  # without their full stops
@@ -331,9 +343,9 @@ def finetune(
     lr: Annotated[float | None, typer.Option(callback=above_zero, help="Learning rate; 0.0001 for a network of width 64, more for a narrower one, if left out.")] = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower validation loss; never if left out.")] = None,
     class_weights: Annotated[bool, typer.Option("--class-weights", help="Of labels: let rare ones weigh as much as common ones.")] = False,
-    loss: Annotated[str, typer.Option(help="Of segmentation: `dice`, or `dice_ce`, which adds cross entropy and suits very few cases.")] = "dice",
+    loss: Annotated[str | None, typer.Option(help="Of segmentation: `dice`, the default, or `dice_ce`, which adds cross entropy and suits very few cases.")] = None,
     size: Size = None,
-    spacing: Spacing = (1.0, 1.0, 1.0),
+    spacing: Spacing = None,
     window: Window = None,
     split: Split = None,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps prepared images for this and later runs; OUT-cases if left out.")] = None,
@@ -343,29 +355,40 @@ def finetune(
 ):
     """Finetune to labels or masks, keep the best epoch, and measure on the test cases; three times by default, for the spread."""
     from pcrl.checkpoints import StopOnSignal
-    from pcrl.classify import check_init
-    from pcrl.efficiency import label_efficiency
+    from pcrl.efficiency import curve_folders, label_efficiency
+    from pcrl.finetune import check_start, seen_before
     from pcrl.layouts import holds_arrays, open_cases, prepare_cases
-    from pcrl.repeats import finetune_repeats, spread
+    from pcrl.repeats import finetune_repeats, repeat_folders, spread
+    from pcrl.schedules import schedule_settings
+    from pcrl.segment import get_loss
     from pcrl.volumes import ArrayImage
     if ratios and labelled: raise ValueError("--ratios and --labelled do not go together: each says how many training cases are used")
     if compare and not ratios: raise ValueError("--compare needs --ratios, such as --ratios 0.1 1; runs that are there already are compared by `pcrl compare`")
     box, own = parse_crop(crop, dims), out.with_name(f"{out.name}-cases")
     if cache is None and own.exists() and not any(out.glob("**/config.json")): resume = False  # stopped while it prepared cases, it begins
-    for source in (init, compare): check_init(source, dims)
-    arrays = holds_arrays(src)
+    for source in (init, compare): check_start(dims, source, width, backbone)
+    schedule_settings(schedule); get_loss(loss or "dice")
+    if dims == 2: warn_of_unused("images in 2D", spacing=spacing)
+    else: warn_of_unused("volumes", size=size)
+    arrays, mm = holds_arrays(src), (spacing or (1.0, 1.0, 1.0)) if dims == 3 else None
     sides = crop and box if dims == 3 else size or (None if arrays else 256)
-    cases = open_cases(src, dims, spacing if dims == 3 else None, sides, window, cache=cache or own, split=split)
-    for told in differs_from_pretraining(init, cases, window=ArrayImage.window if arrays else window, **(dict(spacing=spacing) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
+    cases = open_cases(src, dims, mm, sides, window, cache=cache or own, split=split)
+    if cases.task == "segment": warn_of_unused("masks", size=size, class_weights=class_weights)
+    else: warn_of_unused("labels", loss=loss, crop=crop if dims == 2 else None)
+    if ratios: curve_folders(cases, out, ratios, init, compare or "scratch", resume)  # told before the images are read
+    else: repeat_folders(out, repeats, seed, resume)
+    if labelled: cases.take_labelled(labelled, seed)
+    for told in differs_from_pretraining(init, cases, window=ArrayImage.window if arrays else window, **(dict(spacing=mm) if dims == 3 else {})): typer.secho(f"pcrl: {told}", err=True, fg="yellow")
     with progress("Preparing") as tell: cases, skipped = prepare_cases(cases, progress=tell)
-    for case, reason in skipped.itertuples(index=False): typer.secho(f"pcrl: {case} is left out: {reason}", err=True, fg="red")
-    saw = [*filter(None, [saw_test_cases(start, cases) for start in (init, compare)])]
+    left_out = [f"{case} is left out: {reason}" for case, reason in skipped.itertuples(index=False)]
+    for sentence in left_out: typer.secho(f"pcrl: {sentence}", err=True, fg="red")
+    saw = [sentence for start in (init, compare) for sentence in seen_before(start, cases.part("test"))]
     for sentence in saw: typer.secho(f"pcrl: {sentence}", err=True, fg="yellow")
-    settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=box, loss=loss, schedule=schedule, patience=patience, weighted=class_weights,
+    settings = dict(width=width, epochs=epochs, bs=bs, lr=lr, crop=box, loss=loss or "dice", schedule=schedule, patience=patience, weighted=class_weights,
                     backbone=backbone, cbs=[StopOnSignal()], every=every, resume=resume)
     if ratios: table, told = label_efficiency(cases, out, ratios, repeats, seed, init, compare or "scratch", **settings)
     else: table, told = spread(finetune_repeats(cases, out, repeats, seed, labelled, init, **settings)), ""
-    if saw: add_to_report(out / "report.md", saw)
+    if mind := left_out + saw: add_to_report(out / "report.md", mind)
     typer.echo(table.round(3).to_string(index=False))
     if told: typer.echo(told)
     typer.echo(f"on {cases.split.count('test')} test cases. Report: {out / 'report.md'}")
@@ -373,11 +396,11 @@ def finetune(
 # %% ../nbs/20_cli.ipynb #51d1571f
 @app.command()
 @one_sentence
-@stoppable("what was predicted is listed in predictions.csv in OUT; predict the rest into another folder")
+@stoppable("what was predicted is listed in predictions.csv in OUT; give the same command again to go on")
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a finetuning, or a folder of repeats, seed0, seed1, ..., whose mean predicts.")],
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Image files, and folders, which are searched with all their subfolders.")],
-    out: Annotated[Path, typer.Option(help="Folder for masks, figures/, predictions.csv and skipped.csv; must not hold predictions yet.")],
+    out: Annotated[Path, typer.Option(help="Folder for masks, figures/, predictions.csv and skipped.csv; must not hold finished predictions.")],
     flips: Annotated[bool, typer.Option("--flips", help="Segmentation: average over all flips, 4 times the work in 2D and 8 times in 3D.")] = False,
 ):
     """Predict masks, in each file's own geometry and format, or probabilities of labels. Exit code 3: some inputs were skipped."""
@@ -385,7 +408,7 @@ def predict(
     done, skipped = predict(run, inputs, out, flips, typer.echo)
     if done: typer.echo(f"{done} predicted. Table: {out / 'predictions.csv'}")
     if skipped: typer.secho(f"pcrl: {skipped} skipped, with reasons in {out / 'skipped.csv'}", err=True, fg="red")
-    if skipped: raise typer.Exit(3 if done else 1)
+    if skipped: raise typer.Exit(3)
 
 # %% ../nbs/20_cli.ipynb #aaac5637
 @app.command()
@@ -437,6 +460,7 @@ def bench(
 # %% ../nbs/20_cli.ipynb #99f3da50
 @app.command()
 @one_sentence
+@stoppable("give the command again: what is in OUT is not made again")
 def reproduce(
     table: Annotated[str, typer.Argument(metavar="TABLE", help=(
         "`table1`: what frozen encoders tell of rotation and relative position; `table2`: finetuning on few labels."))],
@@ -471,6 +495,7 @@ def progress(
 # %% ../nbs/20_cli.ipynb #14c714c0
 @app.command()
 @one_sentence
+@stoppable("give the command again: what is in the store is not read again")
 def store(
     src: Annotated[Path, typer.Argument(metavar="SRC", help=(
         "A folder of images, searched with all its subfolders; a data set as published, whose masks and test part are left out; with `--verify`, a store."))],

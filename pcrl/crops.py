@@ -111,7 +111,7 @@ def _above(voxels, threshold): return voxels > threshold * (255 if voxels.dtype 
 def is_air(
     cubes: np.ndarray,  # (..., D, H, W), uint8 or float in [0, 1]
     threshold: float,  # share of the window, 0 to 1, whatever the dtype
-    max_fraction: float = 0.15,
+    max_fraction: float = 0.15,  # share of voxels in air with which a cube still passes, 0 to 1
 ) -> np.ndarray:  # bool, one per cube, shape (...)
     "Which cubes have more than `max_fraction` of voxels with nothing above the threshold within 3 slices."
     tissue = _above(cubes, threshold)

@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/efficiency.html.md"""
 
 # %% auto #0
 __all__ = ['RULE', 'labelled_counts', 'efficiency_curve', 'labels_needed', 'labels_saved', 'savings_sentence',
-           'efficiency_figure', 'efficiency_report', 'label_efficiency']
+           'efficiency_figure', 'efficiency_report', 'curve_folders', 'label_efficiency']
 
 # %% ../nbs/18f_efficiency.ipynb #1b1d2f84
 from collections.abc import Sequence
@@ -42,11 +42,11 @@ def labelled_counts(
 
 # %% ../nbs/18f_efficiency.ipynb #84d6c3ae
 def _mean_over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
-    "Mean and its 95 % interval, nan for one seed."
+    "Mean of figures from 0 to 1, and its 95 % interval as far as that lies there too, nan for one seed."
     from scipy.stats import t
     mean, n = np.mean(values), len(values)
     reach = t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else np.nan
-    return mean, mean - reach, mean + reach
+    return mean, *np.clip([mean - reach, mean + reach], 0, 1)
 
 
 def efficiency_curve(
@@ -174,12 +174,25 @@ def _network_of(*inits) -> dict:
     return {k: v for k in ("width", "norm", "backbone") if configs and (v := configs[0].get(k))}
 
 
-def _check_curve(out: Path, folders: Sequence[Path], resume: bool):
-    "Refuse a folder in which there is something already, or nothing to go on with."
-    begun = [p for p in folders if p.exists()]
+def curve_folders(
+    cases: Cases,  # this and what follows as in `label_efficiency`
+    out: str | Path,
+    ratios: Sequence[float],
+    init: str | Path | None,
+    against: str | Path | None,
+    resume: bool,
+) -> dict[int, tuple[Path, Path]]:  # number of labelled cases to the folders of the base's repeats and of the arm's
+    """Where the finetunings of a curve shall lie.
+
+    Raises ValueError for ratios that cannot be and for two arms of one name, FileExistsError if there is something already, FileNotFoundError if there is nothing to go on with."""
+    out, counts, (base, arm) = Path(out), labelled_counts(cases, ratios), (origin(start)["method"] for start in (against, init))
+    if base == arm: raise ValueError(f"both arms start from {arm}: give a pretraining run or other weights by --init, and something else by --compare")
+    cells = {n: (out / f"{base}-{n}", out / f"{arm}-{n}") for n in counts}
+    begun = [p for pair in cells.values() for p in pair if p.exists()]
     if resume and not begun: raise FileNotFoundError(f"{out} has no curve to continue: leave --resume out")
     taken = [*begun, *(p for name in ("config.json", "results.csv") if (p := out / name).exists()), *out.glob("seed*/")]
     if taken and not resume: raise FileExistsError(f"{taken[0]} is there already: choose another folder, or continue a curve with --resume")
+    return cells
 
 # %% ../nbs/18f_efficiency.ipynb #678d78e5
 def label_efficiency(
@@ -195,12 +208,9 @@ def label_efficiency(
 ) -> tuple[pd.DataFrame, str]:  # of `efficiency_curve`, and the sentence
     """Finetune and test two arms with few and more labelled cases.
 
-    Raises what `finetune_repeats` and `labelled_counts` raise, ValueError for two arms of one name, FileExistsError or FileNotFoundError where `out` does not fit."""
-    out, starts, counts = Path(out), [against, init], labelled_counts(cases, ratios)
+    Raises what `finetune_repeats` and `curve_folders` raise."""
+    out, starts, cells = Path(out), [against, init], curve_folders(cases, out, ratios, init, against, resume)
     base, arm = (origin(start)["method"] for start in starts)
-    if base == arm: raise ValueError(f"both arms start from {arm}: give a pretraining run or other weights by --init, and something else by --compare")
-    cells = {n: (out / f"{base}-{n}", out / f"{arm}-{n}") for n in counts}
-    _check_curve(out, [folder for pair in cells.values() for folder in pair], resume)
     settings = {k: v for k, v in settings.items() if v is not None}
     settings, tables = _network_of(init, against) | settings, []
     for n, pair in cells.items():
@@ -211,7 +221,7 @@ def label_efficiency(
             tables.append(finetune_repeats(cases, folder, repeats, seed, n, start, begun, **settings))
     results, curve = pd.concat(tables, ignore_index=True), efficiency_curve(cells)
     write_whole(out / "results.csv", lambda p: results.to_csv(p, index=False))
-    run = next(path.parent for path in sorted(cells[counts[0]][1].glob("**/config.json")))
+    run = next(path.parent for path in sorted(cells[min(cells)][1].glob("**/config.json")))
     report = efficiency_report(cases, results, curve, run, write_split(cases, out / "split.csv", "as given"), arm, base)
     write_whole(out / "efficiency.png", lambda p: efficiency_figure(curve, arm, base).savefig(p, format="png"))
     write_whole(out / "report.md", lambda p: p.write_text(report, encoding="utf-8"))

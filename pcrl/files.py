@@ -72,12 +72,18 @@ def _key(read, settings, item):
 # %% ../nbs/01b_files.ipynb #85c1b822
 @patch
 def _mapped(self: OnDisk, i: int):
-    "The kept array, made first if there is none; whole or not at all, whoever else is writing it."
+    "The kept array, made first if there is none or it is torn; whole or not at all, whoever else is writing it."
     item = self.items[i]
     if i not in self.keys: self.keys[i] = _key(self.read, self.settings, item)           # a folder of slices is looked through once
     path = self.cache / self.keys[i][:2] / f"{self.keys[i]}.npy"
-    if not path.exists(): _keep(self.read(item, **self.settings), path)
+    if (array := _kept(path)) is not None: return array
+    _keep(self.read(item, **self.settings), path)
     return np.load(path, mmap_mode="r")
+
+def _kept(path):
+    "A kept array; None: there is none, or it is torn, as after a full disk or a copy that was cut off."
+    try: return np.load(path, mmap_mode="r")
+    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError): return None
 
 class CacheError(OSError):
     "An array cannot be kept, whatever the image: the disk is full, or nobody may write to it."

@@ -22,7 +22,7 @@ from .medmnist import read_medmnist
 from .radiographs import chest14_cases, chexpert_cases
 from .scans import SOFT_TISSUE, brats_cases, lits_cases, msd_cases
 from .splits import read_split, use_split
-from .store import manifest_facts
+from .store import check_preparation, manifest_facts
 from .volumes import ArrayImage, Sources, VolumeError, link_away
 from .workers import FEW, in_processes
 
@@ -75,6 +75,13 @@ def _links_away(root, arrays):
     return {p: why for p in dict.fromkeys(p for item in items for p in parts_of(item) if isinstance(p, Path)) if (why := link_away(p, root))}
 
 # %% ../nbs/02f_layouts.ipynb #916823a7
+def _refuse_unlabelled(root):
+    "A folder of images alone, or of something else."
+    if not root.is_dir() or (root / "images").is_dir(): return
+    way = f"give {root.parent}" if _is_own(root.parent) else "give a folder with images/, and masks/ or labels.csv beside it"
+    raise ValueError(f"{root} is no data set with labels or masks: {way}")
+
+
 def open_cases(
     root,  # any of the layouts
     dims: int,  # 2 or 3
@@ -88,7 +95,10 @@ def open_cases(
     """The cases of a data set on disk, whichever it is.
 
     Raises ValueError, VolumeError or FileNotFoundError, one sentence, where the folder does not hold what it should."""
-    layout = find_layout(root) or LAYOUTS[0]                                             # whose complaint says what is missing
+    check_preparation(spacing, window)
+    if (layout := find_layout(root)) is None:
+        _refuse_unlabelled(Path(root))
+        layout = LAYOUTS[0]                                                              # whose complaint says what is missing
     _check_dims(root, layout, dims)
     if window is not None and not layout.windowed: raise ValueError(f"{root} is {layout.name}, whose intensities are not windowed: leave window out")
     cases = layout.open(Path(root), SimpleNamespace(dims=dims, spacing=spacing, size=size, window=window, seed=seed, cache=cache))
@@ -123,7 +133,8 @@ def prepare_cases(
     skipped = pd.DataFrame(sorted(faults.items()), columns=["case", "reason"])
     if not faults: return cases, skipped
     readable = cases.take([i for i, n in enumerate(cases.names) if n not in faults])
-    return replace(readable, unlabelled=None, unlabelled_valid=None), skipped
+    note = "; ".join(filter(None, [cases.note, f"cases left out that cannot be read: {len(faults)}"]))
+    return replace(readable, unlabelled=None, unlabelled_valid=None, note=note), skipped
 
 # %% ../nbs/02f_layouts.ipynb #27ac703d
 def _listed(root, layout, dims, seed):

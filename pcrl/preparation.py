@@ -31,10 +31,10 @@ def image_facts(
 # %% ../nbs/01p_preparation.ipynb #8150e41c
 def describe_preparation(
     facts: Sequence[dict],  # `image_facts` of the images that the model learns from
-    spacing: tuple | None = None,  # the arguments of `prepare`
-    size: int | Sequence[int] | None = None,
-    window: tuple | None = None,
-    dtype: str = "uint8",
+    spacing: tuple | None = None,  # 3D: mm (z, y, x) to which they were brought, as all that follows an argument of `prepare`; None: each as it was
+    size: int | Sequence[int] | None = None,  # 2D: pixels a side; 3D: (D, H, W) voxels of the middle; None: each as it was
+    window: tuple | None = None,  # intensities that became 0 and 1; None: each image's percentiles
+    dtype: str = "uint8",  # of the prepared arrays
     **more,  # such as `mask_values`
 ) -> dict:  # of plain numbers, fit for JSON
     "A model's `preparation`, as the table above says."

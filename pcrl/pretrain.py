@@ -277,9 +277,9 @@ def store_loaders(
     seed: int = 0,  # of the split and of the crops
     **kwargs,  # of `crop_loaders`
 ) -> DataLoaders:
-    """Crop loaders of a store's `pretraining_parts`.
+    """Crop loaders of a store's `pretraining_parts`, as far as they are `large_enough`.
 
-    Raises ValueError as it does."""
+    Raises ValueError as they do."""
     train, watched = (large_enough(part, size) for part in pretraining_parts(store, valid, seed))
     return crop_loaders(train, watched, size, bs, seed=seed, **kwargs)
 
@@ -288,9 +288,13 @@ def large_enough(
     images: Store,
     size: Sequence[int],  # of a crop, ([D,] H, W)
 ) -> Store:
-    "The images in which such a crop has room; warns of the others, unless there are no others."
+    """The images in which such a crop has room; warns of the others.
+
+    Raises ValueError if it has room in none."""
     room = np.array([all(n >= s for n, s in zip(shape[1:], size)) for shape in images.shapes])
-    if room.all() or not room.any(): return images
-    small = images.manifest[~room]
-    warnings.warn(f"{len(small)} of {len(images)} images are smaller than a crop of {'x'.join(map(str, size))} and left out, such as {small.volume.iloc[0]} ({small['shape'].iloc[0]})")
+    if room.all(): return images
+    small, crop = images.manifest[~room], "x".join(map(str, size))
+    such_as = f"such as {small.volume.iloc[0]} ({small['shape'].iloc[0]})"
+    if not room.any(): raise ValueError(f"{images.path} has no image with room for a crop of {crop}, {such_as}: take smaller crops, or build it with more voxels an image")
+    warnings.warn(f"{len(small)} of {len(images)} images are smaller than a crop of {crop} and left out, {such_as}")
     return images.part(np.flatnonzero(room))

@@ -30,7 +30,7 @@ def write_whole(
     path: Path,  # where the file shall be
     save: Callable,  # writes it to the path that it is given
 ):
-    "Let `save` write a file next to `path`, flush it, and put it in place in one move. If it fails, the old file stays and nothing else is left."
+    "Let `save` write a file next to `path`, flush it, and put it in place in one move. If it fails, the old file stays, nothing else is left, and the system's error names a file."
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -39,6 +39,9 @@ def write_whole(
         _flush(beside)
         os.replace(beside, path)
         _flush(path.parent)
+    except OSError as e:
+        if e.errno and e.filename is None: e.filename = str(path)  # of a full disk the system does not say which
+        raise
     finally: beside.unlink(missing_ok=True)
 
 # %% ../nbs/08c_records.ipynb #565857a8
@@ -125,12 +128,13 @@ def read_record(
 # %% ../nbs/08c_records.ipynb #bc5bbbc1
 def lock_folder(
     folder: Path,  # it is made
+    name: str = "lock",  # of the file; in a folder that may hold other people's files, one that nobody else has
 ) -> int:  # a file descriptor; closing it gives the folder free
     """Be the only process that writes to a folder, until this process ends.
 
     Raises BlockingIOError if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    lock = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
     try: fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         holder = os.read(lock, 1000).decode()

@@ -193,7 +193,7 @@ class RunFolder(Checkpoints):
     """Write a run's folder as it goes.
 
     Raises FileExistsError for a folder that holds another run, BlockingIOError for one that another process writes to, OSError for one that cannot be written to."""
-    pause = 60  # seconds between two tries to write, once the training is over
+    pause, longest = 60, 24 * 60 * 60  # seconds between two tries to write once the training is over, and of all tries
     def __init__(self,
         path: str | Path,  # the folder; it is made
         settings: dict,  # for config.json: whatever says how the run was made, and a `title`
@@ -280,9 +280,32 @@ def after_cancel_fit(self: RunFolder):
 @patch
 def _wait_until_saved(self: RunFolder):
     "The last checkpoint, before `KeepBest` puts other weights into the model."
+    self._try_again(lambda: self.keep(self.epoch + 1, 0, random_state(self.dls)))
+
+
+@patch
+def _try_to(self: RunFolder, write: Callable) -> bool:
+    "The same, and remember what failed."
+    def noting():
+        try: write()
+        except OSError as e:
+            self.failed = f"{e.filename or self.path} cannot be written ({e.strerror or e})"
+            raise
+    return Checkpoints._try_to(self, noting)
+
+
+@patch
+def _try_again(self: RunFolder, save: Callable):
+    "Until all is saved, or for too long."
+    if self.unsaved:
+        warnings.warn(f"{self.failed}: the training is over and its end is in memory alone, so make room; "
+                      f"it is tried again every {self.pause:g} s for {self.longest / 3600:g} hours", stacklevel=2)
+    until = time.monotonic() + self.longest
     while self.unsaved:
+        if time.monotonic() >= until:
+            raise OSError(f"{self.failed}: the last checkpoint stands ({self._standing()}); make room, and continue with --resume")
         self._wait()
-        self.keep(self.epoch + 1, 0, random_state(self.dls))
+        save()
 
 
 @patch
@@ -298,7 +321,9 @@ def _wait(self: RunFolder):
 def after_fit(self: RunFolder):
     "Draw the curves, write the model card, give the folder free."
     summary = self._summary()
-    while not self._try_to(lambda: self._write_summary(summary)): self._wait()
+    save = lambda: self._try_to(lambda: self._write_summary(summary))
+    save()
+    self._try_again(save)
     os.close(self.locked)
     self.locked = None
 
@@ -324,7 +349,9 @@ def read_config(
 
     Raises FileNotFoundError if the folder is not a run, ValueError if its config is not whole or was written by a newer version."""
     path = Path(run) / "config.json"
-    if not path.exists(): raise FileNotFoundError(f"{run} is not a run folder: it has no config.json")
+    if not path.exists():
+        repeat = next(iter(sorted(Path(run).glob("seed*/config.json"))), None)
+        raise FileNotFoundError(f"{run} holds repeats: name one of its runs, such as {repeat.parent}" if repeat else f"{run} is not a run folder: it has no config.json")
     try: config = json.loads(path.read_text())
     except ValueError: config = None
     if not isinstance(config, dict) or not config: raise ValueError(f"{path} is not whole: take another copy of the run, or run it anew")

@@ -157,7 +157,7 @@ class DicomSeries:
     def __str__(self): return f"{self.folder} (series {self.number} of {self.count})"
 
 def _by_series(files):
-    "Radiographs, files of frames, slices of each series with their headers, and what cannot be read."
+    "Radiographs, files of frames, slices of each series, by its id, with their headers, and what cannot be read."
     pictures, frames, series, placed, unreadable = {}, [], defaultdict(dict), set(), []
     for path in sorted(files):
         try:
@@ -168,17 +168,18 @@ def _by_series(files):
         elif kind == "picture": pictures[path] = own
         elif kind: frames.append(path)
     for path in [p for p, own in pictures.items() if own in placed]: series[pictures.pop(path)[0]][path] = dicom_header(path)
-    return list(pictures), frames, list(series.values()), unreadable
+    return list(pictures), frames, series, unreadable
 
 # %% ../nbs/00d_series.ipynb #0d101157
 def dicom_sources(
     folder: Path,  # whose files these are
     files: list,  # paths of DICOM files
-) -> tuple:  # pictures, volumes, [(path, reason)] of what cannot be read
+) -> tuple:  # pictures, volumes, [(path, reason)] of what cannot be read, and of each series, by its id, that of its first slice
     "Sort DICOM files into radiographs, and volumes: files of frames, the folder of one series, or a `DicomSeries` for each of several."
     pictures, frames, series, unreadable = _by_series(files)
-    stacks = [DicomSeries(folder, k, len(series), tuple(slices)) for k, slices in enumerate(series, 1)]
-    return pictures, frames + ([folder] if len(series) == 1 else stacks), unreadable
+    stacks = [DicomSeries(folder, k, len(series), tuple(slices)) for k, slices in enumerate(series.values(), 1)]
+    with discreet(folder): first = {own: min(str(h.get("SOPInstanceUID")) for h in slices.values()) for own, slices in series.items() if own}
+    return pictures, frames + ([folder] if len(series) == 1 else stacks), unreadable, first
 
 # %% ../nbs/00d_series.ipynb #71856458
 def _once(headers, planes):
@@ -198,9 +199,10 @@ def open_series(
     if unreadable: raise VolumeError(unreadable[0][1])
     if len(series) != 1:
         raise VolumeError(f"{source} holds {len(series)} DICOM series: give a folder with one, or a source that find_images gives")
+    [headers] = series.values()
     with discreet(source):
-        for path, header in series[0].items(): _check_declared(header, path)
-        planes = {path: _planes(header, path) for path, header in series[0].items()}
-        once = _once(series[0], planes)
-        return _open_stack(source, [series[0][path] for path in once], np.concatenate([planes[path] for path in once]),
+        for path, header in headers.items(): _check_declared(header, path)
+        planes = {path: _planes(header, path) for path, header in headers.items()}
+        once = _once(headers, planes)
+        return _open_stack(source, [headers[path] for path in once], np.concatenate([planes[path] for path in once]),
                            lambda: np.concatenate([dicom_frames(path) for path in once]))

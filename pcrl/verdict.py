@@ -227,8 +227,11 @@ def diagnose_run(
 ) -> tuple[str, str]:  # the verdict and its reason
     """Measure a run at its newest checkpoint, and write a table and a page.
 
-    Raises FileNotFoundError if the run or its store is not there, ValueError if it is no pretraining run, or nothing can be seen on the images that are left."""
+    Raises FileNotFoundError if the run or its store is not there, ValueError if it is no pretraining run, or nothing can be seen on the images that are left,
+    FileExistsError if `out` holds a diagnose.csv that is something else."""
     model, config, out = load_method(run).to(default_device()), read_config(run), Path(out)
+    if (before := out / "diagnose.csv").exists() and not before.read_bytes().startswith(b"name,value,reference"):
+        raise FileExistsError(f"{before} is no diagnosis: choose another folder")
     crops, images = held_out_crops(run, store)
     if images == 1 and not model.recipe.reconstruction_weight:
         raise ValueError(f"one image is left that {run} was not trained on, which cannot be told from others: name a store of more with --store")

@@ -10,10 +10,11 @@ __all__ = ['READERS', 'WRITERS', 'OTHERS', 'ArrayImage', 'read_volume', 'Header'
            'to_grid', 'undo_resample', 'world_to_voxel', 'window', 'percentile_window', 'to_uint8', 'resize2d']
 
 # %% ../nbs/00f_volumes.ipynb #aa98d6c2
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-import os, re, tempfile
+import os, re, tempfile, warnings
 import numpy as np
 from .dicom import is_dicom
 from .formats import open_nifti, open_picture
@@ -199,9 +200,10 @@ WRITERS = {**dict.fromkeys([".nii", ".nii.gz"], _write_nifti), **dict.fromkeys([
 # %% ../nbs/00f_volumes.ipynb #977f4aa9
 class Sources(list):
     "Sources for `read_volume`, sorted by name."
-    def __init__(self, sources, skipped, window=None):
+    def __init__(self, sources, skipped, window=None, cautions=()):
         super().__init__(sorted(sources, key=str))
         self.window = window  # intensities that become 0 and 1, where all are of one kind; None: not known
+        self.cautions = [*cautions]  # sentences on sources that may be no whole ones
         self.skipped = sorted(skipped)  # (path, reason) of links that leave the folder and of DICOM files that cannot be read
 
 # %% ../nbs/00f_volumes.ipynb #102b85b1
@@ -233,14 +235,24 @@ def find_images(
     root,  # folder; the folders in it are searched as well
     dims: int,  # 2: radiographs; 3: volumes
 ) -> Sources:  # a list; its attribute `skipped` tells what was left out and why
-    "All sources in a folder: files, folders of DICOM slices, and a `DicomSeries` for each of several; raises `VolumeError`."
+    "All sources in a folder: files, folders of DICOM slices, and a `DicomSeries` for each of several; raises `VolumeError`, and warns of series in parts."
     root = Path(root)
     if not root.is_dir(): raise VolumeError(f"{root} is not a folder: give the folder that holds the images")
-    wanted, found, skipped = {s for s, opener in READERS.items() if (opener is open_picture) == (dims == 2)}, [], []
+    wanted, found, skipped, places = {s for s, opener in READERS.items() if (opener is open_picture) == (dims == 2)}, [], [], defaultdict(dict)
     for folder, files in _walk(root, skipped):
         skipped += [(p, f"{p} is of a format that is not read: convert it to NIfTI or PNG, or leave it out") for p in files if _suffix(p) in OTHERS[dims]]
         slices = [p for p in files if _suffix(p) not in READERS and _is_dicom(p, skipped)]
-        pictures, volumes, unreadable = dicom_sources(folder, slices) if slices else ([], [], [])
+        pictures, volumes, unreadable, first = dicom_sources(folder, slices) if slices else ([], [], [], {})
+        for series, begin in first.items(): places[series].setdefault(begin, folder)
         found += [p for p in files if _suffix(p) in wanted] + (pictures if dims == 2 else volumes)
         skipped += unreadable
-    return Sources(found, skipped)
+    cautions = _in_parts(places) if dims == 3 else []
+    for caution in cautions: warnings.warn(caution)
+    return Sources(found, skipped, cautions=cautions)
+
+
+def _in_parts(places):
+    "A sentence on series that begin with another slice in another folder; copies begin with the same."
+    parts = [sorted(map(str, folders.values())) for folders in places.values() if len(folders) > 1]
+    if not parts: return []
+    return [f"{len(parts)} DICOM series have slices in several folders, such as {parts[0][0]} and {parts[0][1]}, and each folder is read as a volume of its own: bring the slices of a volume into one folder"]
