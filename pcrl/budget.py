@@ -62,7 +62,7 @@ def seconds_per_step(
 # %% ../nbs/10a_budget.ipynb #788f5eaa
 SIZES = {2: (((224, 224), 64), ((128, 128), 32), ((64, 64), 32), ((64, 64), 16)),  # crop ([D,] H, W) and width
          3: (((32, 64, 64), 64), ((32, 32, 32), 32), ((16, 16, 16), 32), ((16, 16, 16), 16))}
-ENOUGH = 3000  # steps: runs of 1,110 and more were sound, in 3D those of 1,110 and 1,640 with a contrast below contrast alone's, those of 2,870 and 3,280 not (results/sound.csv)
+ENOUGH = 3000  # steps: runs of 1,110 and more were sound, in 3D two of four with a contrast below contrast alone's (results/sound.csv)
 SPARE = 0.15  # share of the time for validation, checkpoints, and a machine that others use too
 EPOCH = 200  # steps of an epoch, at least
 EPOCHS = 20  # where there are steps for so many

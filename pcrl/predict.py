@@ -306,6 +306,25 @@ def _predict_labels(of: Finetuned, volume: Volume, figure: Path) -> dict:
     write_whole(figure, lambda p: labels_figure(image, maps, found).savefig(p, format="png"))
     return {f"probability {name}": p for name, p in found.items()}
 
+# %% ../nbs/13d_predict.ipynb #d2f6c35b
+def _of_place(volume: Volume) -> list[str]:
+    "What to know before a mask is laid over its image."
+    caution = [volume.caution] if volume.caution else []
+    if volume.spacing is None or not is_sheared(volume.source_affine): return caution
+    return caution + ["its axes are not at right angles (a tilted gantry), so that its mask is NIfTI with a sheared affine: nibabel reads it, ITK and viewers built on it do not"]
+
+
+def _read_for(source, config: dict) -> Volume:
+    "A source of the kind that the run takes, or a `VolumeError`."
+    first, *more = read_channels(source)
+    volume, wanted = replace(first, array=np.stack([v.array for v in (first, *more)])) if more else first, (config["dims"], config["in_channels"])
+    dims = 2 if volume.spacing is None else 3
+    if (dims, len(volume.array) if volume.array.ndim > dims else 1) != wanted:
+        ends = config["preparation"].get("contrasts")
+        told = f", a file for each with names that end in {', '.join(ends)}, or one file with all in this order" if ends else ""
+        raise VolumeError(f"{source} is {dims}D of shape {volume.array.shape}: the run takes {wanted[0]}D images of {wanted[1]} channel(s){told}")
+    return volume
+
 # %% ../nbs/13d_predict.ipynb #d2f6c35c
 def predict(
     run: str | Path,  # a run of `finetune`, or a folder of repeats
@@ -379,22 +398,3 @@ def _nothing(skipped: list[tuple[str, str]], out: Path) -> str:
     file, reason = skipped[0]
     more = f" ({len(skipped)} such in all, see {out / 'skipped.csv'})" if len(skipped) > 1 else ""
     return f"nothing was predicted, for {reason if file in reason else f'{file}: {reason}'}{more}"
-
-
-def _of_place(volume: Volume) -> list[str]:
-    "What to know before a mask is laid over its image."
-    caution = [volume.caution] if volume.caution else []
-    if volume.spacing is None or not is_sheared(volume.source_affine): return caution
-    return caution + ["its axes are not at right angles (a tilted gantry), so that its mask is NIfTI with a sheared affine: nibabel reads it, ITK and viewers built on it do not"]
-
-
-def _read_for(source, config: dict) -> Volume:
-    "A source of the kind that the run takes, or a `VolumeError`."
-    first, *more = read_channels(source)
-    volume, wanted = replace(first, array=np.stack([v.array for v in (first, *more)])) if more else first, (config["dims"], config["in_channels"])
-    dims = 2 if volume.spacing is None else 3
-    if (dims, len(volume.array) if volume.array.ndim > dims else 1) != wanted:
-        ends = config["preparation"].get("contrasts")
-        told = f", a file for each with names that end in {', '.join(ends)}, or one file with all in this order" if ends else ""
-        raise VolumeError(f"{source} is {dims}D of shape {volume.array.shape}: the run takes {wanted[0]}D images of {wanted[1]} channel(s){told}")
-    return volume
