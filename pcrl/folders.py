@@ -165,8 +165,9 @@ def _own_labels(path, table):
     for name in names:
         strange = table[~labels[name].isin([0, 1]) & table[name].notna()]
         if len(strange): raise ValueError(f"{path} has {strange[name].iloc[0]} as the label {name} of {strange.image.iloc[0]}: give 0, 1 or nothing, or one column 'class' with names; remove the column if it is no label")
-        if len(held := labels[name].dropna().unique()) < 2:
-            raise ValueError(f"{path} has {f'{held[0]:g} alone' if len(held) else 'no 0 and no 1'} as the label {name}, and an empty cell is not known: give images with 1 and with 0, or remove the column")
+    same = {name: f"{path} has {labels[name].max():g} alone as the label {name}, and an empty cell is not known" for name in names if labels[name].nunique() < 2}
+    if len(same) == len(names): raise ValueError(f"{same[names[0]]}: give images with 1 and with 0, or remove the column")
+    for told in same.values(): warnings.warn(f"{told}: it has no AUC")
     return labels.to_numpy(np.float32), names
 
 def _own_classes(path, table):
