@@ -224,9 +224,10 @@ def keep(self: Checkpoints,
 
 @patch
 def _try_to(self: Checkpoints, write: Callable) -> bool:
-    "Whether it was written; tells the first time that it was not, and the first time that it was again."
+    "Whether it was written; tells the first time that it was not, and the first time that it was again, and keeps what failed last."
     try: write()
     except OSError as e:
+        self.failed = e.with_traceback(None)  # whose frames would keep what was to be written
         if not self.unsaved:
             warnings.warn(f"{self.folder} cannot be written to ({e.strerror or e}): training goes on, the last checkpoint stands "
                           f"({self._standing()}), and the next one tries again", stacklevel=2)

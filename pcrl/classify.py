@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from .crops import CropLoader
 from .datasets import Cases
 from .files import OnDisk
-from .records import read_tensors
 from .runs import check_network, finetune_learner, load_weights_, pretrained_parts, read_config, usual_lr
 from .schedules import schedule_settings
 from .transforms import to_unit
@@ -164,14 +163,13 @@ def check_init(
 ):
     """Refuse what no network of these dimensions can start from, before any image is read.
 
-    Raises FileNotFoundError if there is no such run or file, ValueError for a run of other dims, ImageNet in 3D, and for weights that carry code or are none."""
+    Raises FileNotFoundError if there is no such run or file, ValueError for a run of other dims, ImageNet in 3D, and a file that carries code or has no weights."""
     if init in (None, "scratch"): return
     if init == "imagenet":
         if dims == 3: raise ValueError("ImageNet's weights are for 2D images: start a 3D network from a run, a file, or scratch")
     elif Path(init).is_dir():
         theirs = read_config(init).get("dims")
         if theirs != dims: raise ValueError(f"{init} is a run in {theirs}D, which a {dims}D network cannot start from: give dims {theirs}, or another run")
-        read_tensors(Path(init) / "encoder.safetensors")
     elif not Path(init).exists(): raise FileNotFoundError(f"there is no {init} to start from: give a run folder, a file of weights, imagenet or scratch")
     else: read_state_dict(init)
 

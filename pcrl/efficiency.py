@@ -16,9 +16,9 @@ import numpy as np, pandas as pd
 
 from .cases import Cases
 from .compare import compare_arms, find_arms, shown, without
-from .finetune import finetune
+from .finetune import config_of, finetune
 from .repeats import check_options, facts, finetune_repeats, markdown_table, origin
-from .runs import read_config, write_whole
+from .runs import write_whole
 from .splits import write_split
 from .statistics import TOO_FEW
 
@@ -170,7 +170,7 @@ def efficiency_report(
 # %% ../nbs/18f_efficiency.ipynb #079090e0
 def _network_of(*inits) -> dict:
     "Width, norm and backbone of the first of these that is a run, so that all arms have the same network."
-    configs = [read_config(init) for init in inits if init not in (None, "scratch", "imagenet") and Path(init).is_dir()]
+    configs = [config for init in inits if (config := config_of(init))]
     return {k: v for k in ("width", "norm", "backbone") if configs and (v := configs[0].get(k))}
 
 

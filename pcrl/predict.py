@@ -32,6 +32,7 @@ from .segment import overlay_figure
 from .series import dicom_sources
 from .sliding import Ensemble, FlipAverage, predict_source_mask
 from .sources import printable
+from .store import read_journal
 from .transforms import to_unit
 from .unet import UNet
 from .volumes import DicomSeries, Volume, VolumeError, find_images, percentile_window, write_volume
@@ -118,15 +119,9 @@ def label_maps(
 UNFINISHED = ".pcrl-unfinished"  # in a folder of results
 
 
-def _lines(journal: Path) -> list[dict]:
-    "Its whole lines: a process that was killed may have left half of one."
-    if not journal.exists(): return []
-    return [json.loads(line) for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
 def _take_up(journal: Path, asked: dict) -> tuple[set[str], dict[str, dict]]:  # names of masks that were begun, and rows of those that are whole
     "What an unfinished prediction has done; raises FileExistsError if something else was asked for."
-    first, *rest = _lines(journal) or [asked]
+    first, *rest = read_journal(journal) or [asked]
     if differ := [k for k in asked if first.get(k) != asked[k]]:
         raise FileExistsError(f"{journal.parent} holds predictions that were begun with another {', '.join(differ)}: give the command with which they were begun, or choose another folder")
     return {line["name"] for line in rest}, {line["name"]: line["row"] for line in rest if "row" in line}
@@ -144,7 +139,7 @@ def _written_by_predict(sources: Sequence) -> set:
     "Those of the sources that are masks or figures of a prediction, whole or not, in a folder above them."
     own, paths = set(), [source for source in sources if not isinstance(source, DicomSeries)]
     for folder in {parent for path in paths for parent in path.parents}:
-        lines = _lines(folder / UNFINISHED)
+        lines = read_journal(folder / UNFINISHED)
         try: table = pd.read_csv(folder / "predictions.csv", dtype=str, keep_default_na=False)
         except (OSError, ValueError): table = pd.DataFrame()
         if not lines and not {"run", "source"} <= set(table): continue

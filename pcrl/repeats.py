@@ -18,7 +18,7 @@ from fastai.callback.core import Callback
 from .ablations import COLUMNS, Results
 from .cases import Cases
 from .files import OnDisk
-from .finetune import finetune
+from .finetune import config_of, finetune
 from .runs import RunFolder, read_config, write_whole
 from .splits import split_id, write_split
 from .statistics import TOO_FEW
@@ -92,8 +92,7 @@ def origin(
 ) -> dict[str, str]:  # method, recipe
     "What was finetuned, for a table."
     if init in (None, "scratch", "imagenet"): return dict(method=str(init or "scratch"), recipe="none")
-    config = read_config(init) if Path(init).is_dir() else {}
-    return dict(method=Path(init).resolve().name, recipe=config.get("recipe", {}).get("name", "none"))
+    return dict(method=Path(init).resolve().name, recipe=config_of(init).get("recipe", {}).get("name", "none"))
 
 
 def _options(cases: Cases, seed: int, labelled: int | float | None, init, settings: dict) -> dict:

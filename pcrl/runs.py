@@ -284,26 +284,16 @@ def _wait_until_saved(self: RunFolder):
 
 
 @patch
-def _try_to(self: RunFolder, write: Callable) -> bool:
-    "The same, and remember what failed."
-    def noting():
-        try: write()
-        except OSError as e:
-            self.failed = f"{e.filename or self.path} cannot be written ({e.strerror or e})"
-            raise
-    return Checkpoints._try_to(self, noting)
-
-
-@patch
 def _try_again(self: RunFolder, save: Callable):
     "Until all is saved, or for too long."
+    told = lambda: f"{self.failed.filename or self.path} cannot be written ({self.failed.strerror or self.failed})"
     if self.unsaved:
-        warnings.warn(f"{self.failed}: the training is over and its end is in memory alone, so make room; "
+        warnings.warn(f"{told()}: the training is over and its end is in memory alone, so make room; "
                       f"it is tried again every {self.pause:g} s for {self.longest / 3600:g} hours", stacklevel=2)
     until = time.monotonic() + self.longest
     while self.unsaved:
         if time.monotonic() >= until:
-            raise OSError(f"{self.failed}: the last checkpoint stands ({self._standing()}); make room, and continue with --resume")
+            raise OSError(f"{told()}: the last checkpoint stands ({self._standing()}); make room, and continue with --resume")
         self._wait()
         save()
 

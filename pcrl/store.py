@@ -6,7 +6,7 @@ Docs: https://pcrl-team.github.io/pcrl/store.html.md"""
 
 # %% auto #0
 __all__ = ['DTYPES', 'PRESETS', 'COLUMNS', 'MASK_NAMES', 'prepare', 'settings_for', 'check_preparation', 'Store', 'put_in_place',
-           'labels_table', 'manifest_facts', 'volume_names', 'build_store']
+           'labels_table', 'manifest_facts', 'volume_names', 'read_journal', 'build_store']
 
 # %% ../nbs/01_store.ipynb #c1a7c06d
 import fcntl, json, math, os, re, warnings
@@ -275,13 +275,19 @@ def _listed(dst):
     "The manifest's rows, by volume and source hash."
     return _keyed(Store(dst).manifest.to_dict("records")) if (dst / "manifest.csv").exists() else {}
 
-def _noted(dst):
-    "The journal's rows, by volume and source hash; lines that were cut off are none."
-    rows, journal = [], dst / "building.jsonl"
-    for line in journal.read_text().splitlines() if journal.exists() else ():
-        try: rows.append(json.loads(line))
+def read_journal(
+    path: Path,  # of lines of JSON; it need not be there
+) -> list:  # of what each line holds
+    "What a process noted as it went; lines that were cut off are none."
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try: lines.append(json.loads(line))
         except json.JSONDecodeError: pass
-    return _keyed(rows)
+    return lines
+
+def _noted(dst):
+    "The journal's rows, by volume and source hash."
+    return _keyed(read_journal(dst / "building.jsonl"))
 
 def _make_folder(dst):
     "Make the folder of a store; one that holds other files is refused."
